@@ -1,0 +1,827 @@
+"""MIMDet: a ViT pre-trained by masked image modelling, as object detector (Fang et al., ICCV 2023, arXiv:2204.02964).
+
+A ViT that learned to fill in masked images understands a random half of the patches well, so detection training
+shows it only that half: cheaper, and no worse. A small convolutional stem gives the fine maps a plain ViT lacks, the
+pre-trained decoder puts the sequence back together, and the hybrid is the backbone of an ordinary Mask R-CNN.
+Flow: image (B, 3, H, W) -> stem maps, strides 4, 8, 16 -> half of the N tokens (B, N/2, C) -> encoder
+      -> all tokens (B, N, C') -> decoder -> FPN p2..p6 -> proposals -> classes, boxes (D, 4), masks (D, H, W)
+Compare: yolos.py has no pyramid, anchors or proposals; pvt.py builds the pyramid inside the transformer;
+      simmim.py trains the encoder that is put to work here.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import (
+    Conv2dNormActivation,
+    FeaturePyramidNetwork,
+    batched_nms,
+    box_convert,
+    box_iou,
+    clip_boxes_to_image,
+    roi_align,
+)
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+# --- 1. Config ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    embed_dim: int = 768  # encoder width C; the stem is C/8, C/4, C/2, C wide (Sec. 3.2)
+    depth: int = 12  # encoder blocks
+    num_heads: int = 12
+    drop_path: float = 0.1  # of the last encoder block, growing linearly from 0
+    decoder_dim: int = 512  # decoder width C'; its heads are 32 wide, as MAE's
+    decoder_depth: int = 4  # the first 4 of MAE's 8 blocks (Sec. 3.2)
+    grid: int = 50  # side of the stored position tables: 800 px / 16
+    sample_ratio: float = 0.5  # share of the tokens the encoder sees in training (Table 1)
+    eval_ratio: float = 1.0  # the same for predictions: 1.0 sees everything and is deterministic
+    fill: str = (
+        "conv"  # dropped tokens become "conv": projected stem features; "mask": a mask token (v1)
+    )
+    fpn_dim: int = 256  # pyramid and head width; the box head's fc layer is 4 times as wide
+    anchor_scale: int = 8  # anchor side / stride: 32, 64, 128, 256, 512 px on p2..p6
+    proposals: int = 1000  # kept after the proposals' NMS, per image
+    roi_batch: int = (
+        512  # boxes sampled per image for the head losses; half as many anchors for the RPN's
+    )
+    masks: bool = True  # predict masks; train.py turns it off for data that has none
+    checkpoint: bool = (
+        True  # recompute block activations in backward: half the memory, 1/3 more time
+    )
+
+
+CONFIGS = {
+    "nano": Config(
+        embed_dim=192,
+        depth=4,
+        num_heads=3,
+        drop_path=0.0,
+        decoder_dim=128,
+        decoder_depth=2,
+        grid=14,
+        fpn_dim=64,
+        anchor_scale=4,
+        proposals=100,
+        roi_batch=48,
+        checkpoint=False,
+    ),
+    "base": Config(),  # 127,954,768 parameters
+    "large": Config(
+        embed_dim=1024, depth=24, num_heads=16, drop_path=0.4
+    ),  # 349,332,080 parameters
+}
+
+PAPER = dict(
+    lr=8e-5,  # for batch_size; the stem's, and see lr_spread
+    batch_size=64,
+    lr_spread=2.0,  # encoder blocks learn at lr / 2, decoder, FPN and heads at lr * 2 (released config)
+    weight_decay=0.1,
+    clip=0.0,  # no gradient clipping
+    epochs=36,
+    warmup=469,  # steps
+    schedule=(0.75, 0.9167),  # lr x 0.1 at these parts of the run; "cosine" is the other choice
+    sizes=(
+        480,
+        512,
+        544,
+        576,
+        608,
+        640,
+        736,
+        768,
+        800,
+    ),  # short sides; 672 and 704 absent as released
+    max_size=1333,
+    crop=(384, 600),  # every second image: short side 400-600, then a crop with sides in this range
+    jitter=0.0,
+)
+RECIPES = {
+    "nano": dict(
+        lr=1e-3,
+        batch_size=16,
+        lr_spread=1.0,
+        weight_decay=0.05,
+        clip=1.0,
+        epochs=4,
+        warmup=50,
+        schedule="cosine",
+        sizes=(),  # images keep their own size ...
+        max_size=320,  # ... up to this long side
+        crop=(),
+        jitter=0.2,  # random scale within 1 -+ this
+    ),
+    "paper": PAPER,
+    "large": PAPER | dict(lr_spread=3.5),
+}
+
+# --- 2. Shared blocks -----------------------------------------------------------------------------
+
+
+class DropPath(nn.Module):
+    """Drop a residual branch for whole samples, rescaling the others (stochastic depth, arXiv:1603.09382)."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if self.rate == 0 or not self.training:
+            return x
+        keep = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * keep / (1 - self.rate)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between (ViT, arXiv:2010.11929, Sec. 3.1)."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, Eq. 1).
+
+    x: (B, N, C); mask: None or bool, broadcastable to (B, h, N, N), False where a key must not be seen.
+    """
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, mask=None):
+        B, N, C = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, N, d)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, h, N, d)
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))  # (B, N, C)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (arXiv:2010.11929, Eq. 2 and 3)."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0, eps=1e-6):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x, mask=None):
+        x = x + self.drop_path(self.attn(self.norm1(x), mask))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def run_blocks(blocks, x, recompute=False):
+    """Apply the blocks in turn; recompute trades time for memory (activation checkpointing)."""
+    for block in blocks:
+        recompute_now = recompute and block.training and torch.is_grad_enabled()
+        x = checkpoint(block, x, use_reentrant=False) if recompute_now else block(x)
+    return x
+
+
+def sincos_pos_embed(dim, grid):
+    """Fixed sine-cosine position table (1, 1 + grid * grid, dim): a zero row for the class token, then row by row.
+
+    The first half of the channels encodes x (the column), the second y; each half is [sin | cos] (MAE's code).
+    """
+    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (grid, dim/4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1).float()  # (grid, dim/2)
+    x, y = axis.expand(grid, grid, -1), axis[:, None].expand(grid, grid, -1)  # (grid, grid, dim/2)
+    table = torch.cat([x, y], dim=-1).flatten(0, 1)  # (grid * grid, dim)
+    return torch.cat([torch.zeros(1, dim), table])[None]  # (1, 1 + grid * grid, dim)
+
+
+def resize_grid(table, old_hw, new_hw):
+    """Bicubic resize of a position table (1, h * w, C) from grid old_hw to new_hw."""
+    if tuple(old_hw) == tuple(new_hw):
+        return table
+    table = table.transpose(1, 2).unflatten(2, old_hw)  # (1, C, h, w)
+    table = F.interpolate(table, size=new_hw, mode="bicubic", align_corners=False)
+    return table.flatten(2).transpose(1, 2)  # (1, H * W, C)
+
+
+def pad_batch(images, multiple):
+    """Normalise images (3, h, w) in [0, 1] by ImageNet statistics and zero-pad them at the bottom and right.
+
+    Returns the batch (B, 3, H, W), H and W multiples of `multiple`, and the list of true sizes (h, w).
+    """
+    sizes = [tuple(image.shape[-2:]) for image in images]
+    H, W = (math.ceil(max(sides) / multiple) * multiple for sides in zip(*sizes, strict=True))
+    mean = images[0].new_tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = images[0].new_tensor([0.229, 0.224, 0.225])[:, None, None]
+    batch = images[0].new_zeros(len(images), 3, H, W)
+    for padded, image, (h, w) in zip(batch, images, sizes, strict=True):
+        padded[:, :h, :w] = (image - mean) / std
+    return batch, sizes
+
+
+def group_by_padded_size(images, multiple):
+    """Lists of indices of the images that are equally large once each is padded by itself."""
+    groups = {}
+    for index, image in enumerate(images):
+        groups.setdefault(tuple(-(-side // multiple) for side in image.shape[-2:]), []).append(
+            index
+        )
+    return groups.values()
+
+
+# --- 3. This paper --------------------------------------------------------------------------------
+
+
+class ConvStem(nn.Module):
+    """Four 3x3 convolutions of stride 2 in place of the 16x16 patch embedding (Sec. 3.2)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        widths = [3, dim // 8, dim // 4, dim // 2, dim]
+        self.proj = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False),
+                nn.GroupNorm(1, c_out, eps=1e-6),
+                nn.GELU(),
+            )
+            for c_in, c_out in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.proj[3].append(nn.Conv2d(dim, dim, 1))
+
+    def forward(self, x):
+        maps = []
+        for stage in self.proj:
+            x = stage(x)
+            maps.append(x)
+        return maps[1:]  # (B, C/4, H/4, W/4), (B, C/2, H/8, W/8), (B, C, H/16, W/16)
+
+
+def sample_tokens(noise, sizes, grid, ratio):
+    """Ids (B, int(N * ratio)) of the tokens to keep, those with the smallest noise (B, N) (Sec. 3.1).
+
+    Tokens that lie wholly in padding come last, so they are kept only where an image has too few real ones. N counts
+    the padded grid, as in the released code: every image of a batch keeps equally many.
+    """
+    noise = noise.unflatten(1, grid).clone()  # (B, H/16, W/16)
+    for image_noise, (h, w) in zip(noise, sizes, strict=True):
+        image_noise[math.ceil(h / 16) :] = 100
+        image_noise[:, math.ceil(w / 16) :] = 100
+    keep = max(1, int(grid[0] * grid[1] * ratio))
+    return noise.flatten(1).argsort(dim=1)[:, :keep]
+
+
+class Encoder(nn.Module):
+    """ConvStem and a ViT that sees only the kept tokens; no class token (Sec. 3.1)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.recompute = c.checkpoint
+        self.patch_embed = ConvStem(c.embed_dim)
+        # Frozen, and stored with the row of MAE's class token, as in the released files.
+        self.pos_embed = nn.Parameter(sincos_pos_embed(c.embed_dim, c.grid), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(c.embed_dim, c.num_heads, 4.0, c.drop_path * i / max(1, c.depth - 1), eps=1e-5)
+            for i in range(c.depth)
+        )
+        self.norm = nn.LayerNorm(c.embed_dim, eps=1e-5)
+
+    def forward(self, x, sizes, ratio, noise=None):
+        c2, c3, stem = self.patch_embed(x)
+        tokens = stem.flatten(2).transpose(1, 2)  # (B, N, C)
+        tokens = tokens + pos_embed_for(self.pos_embed, stem.shape[-2:])
+        ids = None
+        if ratio < 1 or self.training:
+            if noise is None:
+                noise = torch.rand(*tokens.shape[:2], device=x.device)  # (B, N)
+            ids = sample_tokens(noise, sizes, stem.shape[-2:], ratio)  # (B, N_kept)
+            tokens = tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
+        tokens = self.norm(run_blocks(self.blocks, tokens, self.recompute))  # (B, N_kept, C)
+        return tokens, ids, (c2, c3, stem)
+
+
+class Decoder(nn.Module):
+    """Puts encoded and dropped tokens back on the full grid and runs a few pre-trained blocks on it (Sec. 3.2)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.recompute = c.checkpoint
+        self.decoder_embed = nn.Linear(c.embed_dim, c.decoder_dim)
+        if c.fill == "conv":
+            self.conv_feat_proj = nn.Linear(c.embed_dim, c.decoder_dim)
+        elif c.fill == "mask":
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_dim))
+        else:
+            raise ValueError(f'fill must be "conv" or "mask", not "{c.fill}"')
+        self.decoder_pos_embed = nn.Parameter(
+            sincos_pos_embed(c.decoder_dim, c.grid), requires_grad=False
+        )
+        self.decoder_blocks = nn.ModuleList(
+            Block(c.decoder_dim, c.decoder_dim // 32, eps=1e-5) for _ in range(c.decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(c.decoder_dim, eps=1e-5)
+
+    def forward(self, tokens, ids, stem):
+        B, _, H, W = stem.shape
+        x = self.decoder_embed(tokens)  # (B, N_kept, C')
+        if ids is not None:
+            if hasattr(self, "mask_token"):
+                full = self.mask_token.to(x.dtype).expand(B, H * W, -1)  # (B, N, C')
+            else:  # without the encoder's position embedding, as in the released code
+                full = self.conv_feat_proj(stem.flatten(2).transpose(1, 2))  # (B, N, C')
+            x = full.scatter(1, ids[:, :, None].expand_as(x), x)  # (B, N, C')
+        x = x + pos_embed_for(self.decoder_pos_embed, (H, W))
+        x = self.decoder_norm(run_blocks(self.decoder_blocks, x, self.recompute))
+        return x.transpose(1, 2).unflatten(2, (H, W))  # (B, C', H/16, W/16)
+
+
+def pos_embed_for(table, grid):
+    """The stored square table without its class-token row, resized to the grid of this batch (1, N, C)."""
+    side = math.isqrt(table.shape[1] - 1)
+    return resize_grid(table[:, 1:], (side, side), grid)
+
+
+# --- 4. Boxes -------------------------------------------------------------------------------------
+
+
+def make_anchors(maps, scale):
+    """Anchors (H_l * W_l * 3, 4) xyxy of each pyramid map: side scale * stride, height / width 1/2, 1 and 2.
+
+    Centred on multiples of the stride (offset 0) and not rounded, as in detectron2.
+    """
+    anchors = []
+    for level, x in enumerate(maps):
+        stride, (H, W) = 4 * 2**level, x.shape[-2:]
+        ratio = torch.tensor([0.5, 1.0, 2.0], device=x.device)
+        half = torch.stack([1 / ratio.sqrt(), ratio.sqrt()], dim=1) * (scale * stride / 2)  # (3, 2)
+        ys, xs = (torch.arange(side, device=x.device) * stride for side in (H, W))
+        centers = torch.stack([xs.expand(H, W), ys[:, None].expand(H, W)], dim=-1)  # (H, W, 2)
+        centers = centers.reshape(-1, 1, 2)
+        anchors.append(torch.cat([centers - half, centers + half], dim=-1).reshape(-1, 4))
+    return anchors
+
+
+def encode_boxes(boxes_xyxy, anchors_xyxy, weights=(1.0, 1.0, 1.0, 1.0)):
+    """Boxes as weighted offsets (dx, dy, dw, dh) from anchors (R-CNN, arXiv:1311.2524, App. C)."""
+    box, anchor = (box_convert(b, "xyxy", "cxcywh") for b in (boxes_xyxy, anchors_xyxy))
+    shift = (box[:, :2] - anchor[:, :2]) / anchor[:, 2:]
+    return torch.cat([shift, (box[:, 2:] / anchor[:, 2:]).log()], dim=1) * box.new_tensor(weights)
+
+
+def decode_boxes(deltas, anchors_xyxy, weights=(1.0, 1.0, 1.0, 1.0)):
+    """Inverse of encode_boxes for deltas (..., 4); a box grows to at most 1000/16 times its anchor."""
+    anchor = box_convert(anchors_xyxy, "xyxy", "cxcywh")
+    deltas = deltas.float() / anchor.new_tensor(weights)
+    center = anchor[..., :2] + deltas[..., :2] * anchor[..., 2:]
+    half = anchor[..., 2:] * deltas[..., 2:].clamp(max=math.log(1000 / 16)).exp() / 2
+    return torch.cat([center - half, center + half], dim=-1)
+
+
+def match(boxes_xyxy, targets_xyxy, low, high, rescue=False):
+    """Best target (N,) of each box and its label (N,): 1 object, 0 background, -1 neither (low <= IoU < high).
+
+    rescue: the box that overlaps a target most is an object whatever its IoU.
+    """
+    if len(targets_xyxy) == 0:
+        nothing = torch.zeros(len(boxes_xyxy), dtype=torch.long, device=boxes_xyxy.device)
+        return nothing, nothing
+    iou = box_iou(targets_xyxy, boxes_xyxy)  # (M, N)
+    best, matched = iou.max(dim=0)
+    label = (best >= high).long() - ((best >= low) & (best < high)).long()
+    if rescue:
+        label[(iou == iou.amax(dim=1, keepdim=True)).any(dim=0)] = 1
+    return matched, label
+
+
+def subsample(label, total, fraction):
+    """Indices of at most total * fraction random objects, and of background boxes to fill up to total."""
+    objects, background = (label == 1).nonzero()[:, 0], (label == 0).nonzero()[:, 0]
+    num_objects = min(int(total * fraction), len(objects))
+    objects = objects[torch.randperm(len(objects), device=label.device)[:num_objects]]
+    num_background = min(total - num_objects, len(background))
+    pick = torch.randperm(len(background), device=label.device)[:num_background]
+    return objects, background[pick]
+
+
+def pool_rois(maps, boxes_per_image, size, scale):
+    """Crop boxes from p2..p5 as (R, C, size, size); a box of side 28 * scale comes from p4 (FPN, Eq. 1).
+
+    aligned RoIAlign with as many samples per bin as the box needs (Detectron2's ROIAlignV2).
+    """
+    boxes = torch.cat(boxes_per_image)
+    side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
+    level = (4 + (side / (28 * scale) + 1e-8).log2()).floor().clamp(2, 5) - 2
+    image = [b.new_full((len(b), 1), i) for i, b in enumerate(boxes_per_image)]
+    rois = torch.cat([torch.cat(image), boxes], dim=1)  # (R, 5)
+    pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], size, size)
+    for i, x in enumerate(maps[:4]):
+        index = (level == i).nonzero()[:, 0]
+        crops = roi_align(x, rois[index].to(x.dtype), size, 1 / (4 * 2**i), 0, aligned=True)
+        pooled = pooled.index_copy(0, index, crops)
+    return pooled
+
+
+def paste_masks(probs, boxes_xyxy, size):
+    """Mask probabilities (D, 28, 28) of boxes (D, 4) as bool masks (D, H, W) of the image.
+
+    Bilinear interpolation at pixel centres, written as two small matrix products per mask.
+    """
+
+    def weights(low, high, length):  # (D, length, 28)
+        cell = (torch.arange(length, device=probs.device) + 0.5 - low[:, None]) / (high - low)[
+            :, None
+        ]
+        cell = cell * probs.shape[-1] - 0.5
+        index = torch.arange(probs.shape[-1], device=probs.device)
+        return (1 - (cell[:, :, None] - index).abs()).clamp(min=0)
+
+    x0, y0, x1, y1 = boxes_xyxy.unbind(1)
+    pasted = weights(y0, y1, size[0]) @ probs.float() @ weights(x0, x1, size[1]).transpose(1, 2)
+    return pasted >= 0.5
+
+
+# --- 5. Heads and losses --------------------------------------------------------------------------
+
+
+def conv_bn_relu(dim):
+    """3x3 convolution, BatchNorm, ReLU: `.0` and `.1` hold the weights."""
+    return Conv2dNormActivation(dim, dim, 3)
+
+
+class RPN(nn.Module):
+    """Region proposal network on every pyramid map: objectness and box deltas of 3 anchors a place."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv0 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.objectness_logits = nn.Conv2d(dim, 3, 1)
+        self.anchor_deltas = nn.Conv2d(dim, 12, 1)
+
+    def forward(self, maps):
+        logits, deltas = [], []
+        for x in maps:
+            x = F.relu(self.conv1(F.relu(self.conv0(x))))
+            delta = self.anchor_deltas(x).unflatten(1, (3, 4)).permute(0, 3, 4, 1, 2)
+            logits.append(self.objectness_logits(x).permute(0, 2, 3, 1).flatten(1).float())
+            deltas.append(delta.flatten(1, 3).float())
+        return logits, deltas  # per level (B, H_l * W_l * 3), (B, H_l * W_l * 3, 4)
+
+
+class BoxHead(nn.Module):
+    """4conv1fc head: K+1 class logits, background last, and one box per class from a 7x7 crop."""
+
+    def __init__(self, dim, num_classes):
+        super().__init__()
+        for i in range(1, 5):
+            self.add_module(f"conv{i}", conv_bn_relu(dim))
+        self.fc1 = nn.Linear(dim * 7 * 7, 4 * dim)
+        self.cls_score = nn.Linear(4 * dim, num_classes + 1)
+        self.bbox_pred = nn.Linear(4 * dim, num_classes * 4)
+
+    def forward(self, x):
+        x = self.conv4(self.conv3(self.conv2(self.conv1(x))))
+        x = F.relu(self.fc1(x.flatten(1)))  # (R, 4 * dim)
+        return self.cls_score(x).float(), self.bbox_pred(x).unflatten(1, (-1, 4)).float()
+
+
+class MaskHead(nn.Module):
+    """One 28x28 mask per class from a 14x14 crop (Mask R-CNN, arXiv:1703.06870, Fig. 4)."""
+
+    def __init__(self, dim, num_classes):
+        super().__init__()
+        for i in range(1, 5):
+            self.add_module(f"mask_fcn{i}", conv_bn_relu(dim))
+        self.deconv = nn.ConvTranspose2d(dim, dim, 2, stride=2)
+        self.predictor = nn.Conv2d(dim, num_classes, 1)
+
+    def forward(self, x):
+        x = self.mask_fcn4(self.mask_fcn3(self.mask_fcn2(self.mask_fcn1(x))))
+        return self.predictor(F.relu(self.deconv(x))).float()  # (R, K, 28, 28)
+
+
+BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+
+def rpn_losses(logits, deltas, anchors, targets, batch):
+    """Objectness cross-entropy and L1 on deltas, both over `batch` sampled anchors an image."""
+    logits, deltas, anchors = torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors)
+    loss_cls = loss_box = 0.0
+    for logit, delta, target in zip(logits, deltas, targets, strict=True):
+        matched, label = match(anchors, target["boxes"], 0.3, 0.7, rescue=True)
+        objects, background = subsample(label, batch, 0.5)
+        index = torch.cat([objects, background])
+        loss_cls += F.binary_cross_entropy_with_logits(
+            logit[index], label[index].float(), reduction="sum"
+        )
+        wanted = encode_boxes(target["boxes"][matched[objects]], anchors[objects])
+        loss_box += (delta[objects] - wanted).abs().sum()
+    return {
+        "loss_rpn_cls": loss_cls / (batch * len(targets)),
+        "loss_rpn_box": loss_box / (batch * len(targets)),
+    }
+
+
+@torch.no_grad()
+def select_proposals(logits, deltas, anchors, sizes, per_level, total):
+    """Top anchors of each level, decoded, clipped, thinned by NMS at 0.7: boxes (<= total, 4) per image."""
+    proposals = []
+    for i, size in enumerate(sizes):
+        boxes, scores, levels = [], [], []
+        for level, anchor in enumerate(anchors):
+            score, index = logits[level][i].topk(min(per_level, len(anchor)))
+            boxes.append(decode_boxes(deltas[level][i, index], anchor[index]))
+            scores.append(score)
+            levels.append(torch.full_like(index, level))
+        boxes = clip_boxes_to_image(torch.cat(boxes), size)
+        valid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        scores, levels = torch.cat(scores)[valid], torch.cat(levels)[valid]
+        boxes = boxes[valid]
+        proposals.append(boxes[batched_nms(boxes, scores, levels, 0.7)[:total]])
+    return proposals
+
+
+@torch.no_grad()
+def crop_masks(masks, matched, boxes_xyxy, size=28):
+    """Target masks (R, size, size), binary: each box's crop of the mask (M, H, W) it is matched with.
+
+    Differs: the authors rasterise polygons inside each box; here masks of the whole image are cropped, Detectron2's
+    rule for bitmasks, so that any annotation (polygon, RLE, drawn) is read the same way.
+    """
+    rois = torch.cat([matched[:, None].to(boxes_xyxy.dtype), boxes_xyxy], dim=1)
+    masks = masks[:, None].to(boxes_xyxy.dtype)
+    return roi_align(masks, rois, size, sampling_ratio=0, aligned=True)[:, 0] >= 0.5
+
+
+def select_detections(rois, logits, deltas, size, threshold=0.05, top=100):
+    """Class-wise NMS at 0.5 over everything that scores above the threshold; the `top` best are kept."""
+    scores = logits.softmax(dim=1)[:, :-1]  # (R, K)
+    boxes = decode_boxes(deltas, rois[:, None], BOX_WEIGHTS)  # (R, K, 4)
+    boxes = clip_boxes_to_image(boxes, size)
+    roi, labels = (scores > threshold).nonzero().unbind(1)
+    boxes, scores = boxes[roi, labels], scores[roi, labels]
+    keep = batched_nms(boxes, scores, labels, 0.5)[:top]
+    return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
+
+
+def rescale(result, old_hw, new_hw):
+    """Detections from an image of size old_hw in pixels of new_hw, boxes without area left out, masks pasted."""
+    scale = [new_hw[1] / old_hw[1], new_hw[0] / old_hw[0]] * 2
+    boxes = clip_boxes_to_image(result["boxes"] * result["boxes"].new_tensor(scale), new_hw)
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    result = {key: value[keep] for key, value in (result | {"boxes": boxes}).items()}
+    if "masks" in result:
+        result["masks"] = paste_masks(result["masks"], result["boxes"], new_hw)
+    return result
+
+
+# --- 6. Model -------------------------------------------------------------------------------------
+
+
+class MIMDet(nn.Module):
+    """ConvStem, ViT encoder and decoder, FPN, and Mask R-CNN heads (Fig. 2)."""
+
+    def __init__(self, config, num_classes):
+        super().__init__()
+        c = self.config = config
+        self.num_classes = num_classes
+        self.encoder = Encoder(c)
+        self.decoder = Decoder(c)
+        widths = [c.embed_dim // 4, c.embed_dim // 2, c.decoder_dim, c.decoder_dim]
+        self.fpn = FeaturePyramidNetwork(widths, c.fpn_dim, LastLevelMaxPool(), nn.BatchNorm2d)
+        self.rpn = RPN(c.fpn_dim)
+        self.box_head = BoxHead(c.fpn_dim, num_classes)
+        self.mask_head = MaskHead(c.fpn_dim, num_classes) if c.masks else None
+        self.init_weights()
+
+    def init_weights(self):
+        for module in [*self.encoder.modules(), *self.decoder.modules()]:
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        if self.config.fill == "mask":
+            nn.init.normal_(self.decoder.mask_token, std=0.02)
+        for module in [self.rpn, self.box_head, self.mask_head]:
+            for layer in module.modules() if module else ():
+                if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                    if layer.bias is not None:
+                        nn.init.zeros_(layer.bias)
+        small = [(m, 0.01) for m in self.rpn.children()] + [(self.box_head.cls_score, 0.01)]
+        small += [(self.box_head.bbox_pred, 0.001)]
+        small += [(self.mask_head.predictor, 0.001)] if self.mask_head else []
+        for layer, std in small:  # Detectron2's initial values
+            nn.init.normal_(layer.weight, std=std)
+
+    def forward(self, images, targets=None, sizes=None):
+        """Losses if there are targets, else detections.
+
+        images: list of (3, h, w) floats in [0, 1]. targets: list of dict(boxes (M, 4) xyxy pixels, labels (M,),
+        masks (M, h, w) bool unless config.masks is off). sizes: the (height, width) in which each image's boxes and
+        masks are wanted, its own by default. Returns dict(loss_name=scalar) or a list of dict(boxes (D, 4),
+        scores (D,), labels (D,), masks (D, height, width) bool), best first.
+        """
+        if targets is not None:
+            return self.loss(*pad_batch(images, 32), targets)
+        # Differs: the released code pads all images of a batch to one size, and its GroupNorm and attention see the
+        # padding. Here only images of equal padded size share a batch, so company never changes a prediction.
+        sizes = sizes or [image.shape[-2:] for image in images]
+        results = [None] * len(images)
+        for group in group_by_padded_size(images, 32):
+            found = self.detect(
+                *pad_batch([images[i] for i in group], 32), [sizes[i] for i in group]
+            )
+            for i, result in zip(group, found, strict=True):
+                results[i] = result
+        return results
+
+    def backbone(self, x, sizes, ratio, noise=None):
+        """Maps c2..c5 of strides 4, 8, 16, 32 of a padded batch; noise (B, N) decides which tokens are kept."""
+        tokens, ids, (c2, c3, stem) = self.encoder(x, sizes, ratio, noise)
+        c4 = self.decoder(tokens, ids, stem)
+        return [c2, c3, c4, F.max_pool2d(c4, 2)]
+
+    def pyramid(self, x, sizes, ratio, noise=None):
+        """Maps p2..p6 (B, fpn_dim, H/4, W/4) ... (B, fpn_dim, H/64, W/64)."""
+        maps = self.backbone(x, sizes, ratio, noise)
+        return list(self.fpn({str(level): c for level, c in enumerate(maps)}).values())
+
+    def loss(self, x, sizes, targets, noise=None):
+        c = self.config
+        maps = self.pyramid(x, sizes, c.sample_ratio if self.training else c.eval_ratio, noise)
+        anchors = make_anchors(maps, c.anchor_scale)
+        logits, deltas = self.rpn(maps)
+        losses = rpn_losses(logits, deltas, anchors, targets, c.roi_batch // 2)
+        proposals = select_proposals(logits, deltas, anchors, sizes, 2 * c.proposals, c.proposals)
+        return losses | self.roi_losses(maps, proposals, targets)
+
+    def roi_losses(self, maps, proposals, targets):
+        """Box head: cross-entropy and L1 on a quarter objects; mask head: binary cross-entropy on the objects."""
+        c, K = self.config, self.num_classes
+        rois, labels, wanted_boxes, mask_rois, wanted_masks = [], [], [], [], []
+        for boxes, target in zip(proposals, targets, strict=True):
+            boxes = torch.cat([boxes, target["boxes"]])  # targets are proposals too
+            matched, label = match(boxes, target["boxes"], 0.5, 0.5)
+            objects, background = subsample(label, c.roi_batch, 0.25)
+            matched = matched[objects]
+            rois.append(boxes[torch.cat([objects, background])])
+            labels += [target["labels"][matched], torch.full_like(background, K)]
+            wanted_boxes.append(encode_boxes(target["boxes"][matched], boxes[objects], BOX_WEIGHTS))
+            if c.masks:
+                mask_rois.append(boxes[objects])
+                wanted_masks.append(crop_masks(target["masks"], matched, boxes[objects]))
+        labels = torch.cat(labels)  # (R,)
+        logits, deltas = self.box_head(pool_rois(maps, rois, 7, c.anchor_scale))
+        objects = (labels < K).nonzero()[:, 0]
+        labels_of_objects = labels[objects]
+        box_error = deltas[objects, labels_of_objects] - torch.cat(wanted_boxes)
+        losses = {
+            "loss_cls": F.cross_entropy(logits, labels),
+            "loss_box": box_error.abs().sum() / max(1, len(labels)),
+        }
+        if c.masks and len(objects):
+            mask_logits = self.mask_head(pool_rois(maps, mask_rois, 14, c.anchor_scale))
+            mask_logits = mask_logits[torch.arange(len(objects)), labels_of_objects]  # (R', 28, 28)
+            wanted = torch.cat(wanted_masks).float()
+            losses["loss_mask"] = F.binary_cross_entropy_with_logits(mask_logits, wanted)
+        elif c.masks:  # no object in the whole batch: zero, with every parameter still in the graph
+            losses["loss_mask"] = sum(p.sum() for p in self.mask_head.parameters()) * 0
+        return losses
+
+    def detect(self, x, sizes, out_sizes, noise=None):
+        """Detections of one padded batch (B, 3, H, W) of true sizes (h, w), scaled to out_sizes."""
+        c = self.config
+        maps = self.pyramid(x, sizes, c.eval_ratio, noise)
+        anchors = make_anchors(maps, c.anchor_scale)
+        logits, deltas = self.rpn(maps)
+        rois = select_proposals(logits, deltas, anchors, sizes, c.proposals, c.proposals)
+        logits, deltas = self.box_head(pool_rois(maps, rois, 7, c.anchor_scale))
+        counts = [len(r) for r in rois]
+        heads = zip(rois, logits.split(counts), deltas.split(counts), sizes, strict=True)
+        results = [select_detections(*head) for head in heads]
+        if c.masks:
+            labels = torch.cat([r["labels"] for r in results])
+            crops = pool_rois(maps, [r["boxes"] for r in results], 14, c.anchor_scale)
+            probs = self.mask_head(crops)[torch.arange(len(labels)), labels].sigmoid()
+            for result, p in zip(
+                results, probs.split([len(r["boxes"]) for r in results]), strict=True
+            ):
+                result["masks"] = p  # (D, 28, 28)
+        return [
+            rescale(result, old, new)
+            for result, old, new in zip(results, sizes, out_sizes, strict=True)
+        ]
+
+    def dense(self, images):
+        """Run every layer once on fixed shapes, without selecting boxes: what `train.py --summary` counts."""
+        c = self.config
+        x, sizes = pad_batch(images, 32)
+        maps = self.pyramid(x, sizes, c.eval_ratio)
+        rois = c.proposals * len(x)
+        outputs = [*self.rpn(maps), *self.box_head(x.new_zeros(rois, c.fpn_dim, 7, 7))]
+        return outputs + (
+            [self.mask_head(x.new_zeros(100 * len(x), c.fpn_dim, 14, 14))] if c.masks else []
+        )
+
+
+def param_groups(model, recipe):
+    """AdamW's groups, each with the factor `lr_scale` on the learning rate (released config; no layer-wise decay).
+
+    The pre-trained ViT blocks learn slowest, the stem at the recipe's rate, decoder, FPN and heads fastest. Biases
+    and norms, all 1-D, have no weight decay. Frozen position tables are in no group.
+    """
+    spread, groups = recipe["lr_spread"], {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            stem, vit = name.startswith("encoder.patch_embed."), name.startswith("encoder.")
+            scale = 1.0 if stem else 1 / spread if vit else spread
+            groups.setdefault((scale, p.ndim > 1), []).append(p)
+    return [
+        dict(params=params, lr_scale=scale, weight_decay=recipe["weight_decay"] * decays)
+        for (scale, decays), params in groups.items()
+    ]
+
+
+RENAMES = [
+    (r"^backbone\.bottom_up\.", ""),
+    (r"^backbone\.fpn_", "fpn_"),
+    (r"^proposal_generator\.rpn_head\.(conv\.)?", "rpn."),
+    (r"^roi_heads\.box_(head|predictor)\.", "box_head."),
+    (r"^roi_heads\.", ""),
+    (r"(fpn_\w+\d|head\.conv\d|mask_fcn\d)\.weight", r"\1.0.weight"),
+    (r"(fpn_\w+\d|head\.conv\d|mask_fcn\d)\.norm\.", r"\1.1."),
+    (r"^fpn_lateral(\d)", lambda m: f"fpn.inner_blocks.{int(m[1]) - 2}"),
+    (r"^fpn_output(\d)", lambda m: f"fpn.layer_blocks.{int(m[1]) - 2}"),
+]
+
+
+def from_official(state_dict, config=CONFIGS["base"]):
+    """Checkpoint of the authors, or any plain ViT, in this file's names.
+
+    Reads MIMDet's release (v2, fill="conv"; v1, fill="mask", whose tables may need grid=14), whole detectors and
+    backbones alone; MAE's files with decoder; ViT encoders named as in timm (DeiT, MAE, our other files'). A MIMDet
+    table is passed on as it is, since forward resizes it; another's is first resized to config.grid, as the authors
+    do. What has no place here (class token, MAE's patch embedding and later decoder blocks) is left out.
+    """
+    state = {}
+    for key, value in state_dict.get("model", state_dict).items():
+        for pattern, name in RENAMES:
+            key = re.sub(pattern, name, key)
+        state[key] = value
+    if any(key.startswith("encoder.patch_embed.proj.3.") for key in state):
+        return state
+    blocks = [f"decoder_blocks.{i}." for i in range(config.decoder_depth)]
+    wanted = [
+        "blocks.",
+        "norm.",
+        "pos_embed",
+        "decoder_embed.",
+        "decoder_norm.",
+        "decoder_pos_embed",
+        *blocks,
+    ]
+    wanted += ["mask_token"] if config.fill == "mask" and "decoder_embed.weight" in state else []
+    vit = {}
+    for key, value in state.items():
+        key = key.removeprefix("encoder.")
+        if key.startswith(tuple(wanted)):
+            vit[("decoder." if key.startswith(("decoder_", "mask_")) else "encoder.") + key] = value
+    for key in [key for key in vit if key.endswith("pos_embed")]:
+        table, side = vit[key], math.isqrt(vit[key].shape[1])
+        row = table[:, : table.shape[1] - side * side] if side > 1 else table[:, :1]
+        row = row[:, :1] if row.shape[1] else torch.zeros_like(table[:, :1])  # ours always has one
+        table = resize_grid(table[:, -side * side :], (side, side), (config.grid, config.grid))
+        vit[key] = torch.cat([row, table], dim=1)
+    return vit
+
+
+def build(config, num_classes):
+    """Model with random weights; config: a Config or a name in CONFIGS."""
+    return MIMDet(CONFIGS[config] if isinstance(config, str) else config, num_classes)
+
+
+# --- 7. Try it ------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    model, image = build("nano", num_classes=6).eval(), torch.rand(3, 128, 160)
+    print(f"MIMDet nano: {sum(p.numel() for p in model.parameters()):,} parameters")
+    with torch.no_grad():
+        x, sizes = pad_batch([image], 32)
+        tokens, ids, _ = model.encoder(x, sizes, 0.5)
+        print(f"image {tuple(x.shape)} -> {ids.shape[1]} of {8 * 10} tokens {tuple(tokens.shape)}")
+        for level, p in enumerate(model.pyramid(x, sizes, 1.0)):
+            print(f"p{level + 2} {tuple(p.shape)}")
+        detections = model([image])[0]
+    print("detections:", {key: tuple(value.shape) for key, value in detections.items()})
