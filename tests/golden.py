@@ -42,7 +42,9 @@ def checkpoint(golden, variant="base"):
 def image(seed, n, h, w):
     """Normalised images (n, 3, h, w) of uniform noise."""
     x = np.random.RandomState(seed).rand(n, 3, h, w)
-    mean, std = (np.reshape(v, (1, 3, 1, 1)) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    mean, std = (
+        np.reshape(v, (1, 3, 1, 1)) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    )
     return torch.from_numpy(((x - mean) / std).astype(np.float32))
 
 

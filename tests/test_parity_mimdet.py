@@ -64,7 +64,9 @@ def detector():
 
 def raw_images():
     r = np.random.RandomState(421)
-    return [torch.from_numpy(r.randint(0, 256, (3, *size)).astype(np.float32)) / 255 for size in SIZES]
+    return [
+        torch.from_numpy(r.randint(0, 256, (3, *size)).astype(np.float32)) / 255 for size in SIZES
+    ]
 
 
 def same_set(found, expected, tolerance=1e-2):
@@ -133,12 +135,16 @@ def check_detections(model, golden, key, x, sizes, ratio, noise):
         same_set(proposals[i], case["proposals"]["boxes_first"])
         expected, found = case["detections_model_space"], in_model_space[i]
         assert len(found["boxes"]) == expected["count"]
-        rows = torch.cat([found["boxes"], found["scores"][:, None], found["labels"][:, None]], dim=1)
+        rows = torch.cat(
+            [found["boxes"], found["scores"][:, None], found["labels"][:, None]], dim=1
+        )
         scores, classes = expected["scores_first"], expected["classes_first"]
         n = min(len(expected["boxes_first"]), len(scores))
         boxes = expected["boxes_first"][:n]
         same_set(rows, [[*b, s, c] for b, s, c in zip(boxes, scores[:n], classes[:n], strict=True)])
-        torch.testing.assert_close(found["scores"][: len(scores)], torch.tensor(scores), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            found["scores"][: len(scores)], torch.tensor(scores), rtol=0, atol=1e-4
+        )
         expected, found = case["postprocessed"], scaled[i]
         assert list(found["masks"].shape[1:]) == expected["output_hw"]
         same_set(found["boxes"], expected["boxes_first"])
@@ -171,8 +177,8 @@ def test_losses_and_gradients_equal_the_released_ones(detector, case, monkeypatc
     sum(losses.values()).backward()
     recorded = golden["cases"][f"{case}/polygon"]
     for key, wanted in recorded["grad"].items():
-        g=model.get_parameter(our_name(key)).grad.reshape(-1)
-        print(key, (g[wanted["index"]]-torch.tensor(wanted["value"])).abs().max(), wanted["std"])
+        g = model.get_parameter(our_name(key)).grad.reshape(-1)
+        print(key, (g[wanted["index"]] - torch.tensor(wanted["value"])).abs().max(), wanted["std"])
         assert_close(wanted, key, model.get_parameter(our_name(key)).grad, tolerance=1e-3)
     for key, wanted in recorded["bn_after_step"].items():
         assert_close(wanted, key, model.get_buffer(our_name(key)))

@@ -1,0 +1,496 @@
+"""COCO-format data: read, transform, batch, evaluate, draw; and "shapes", a generated set in that format.
+
+Flow: folder -> CocoDataset -> Transform -> Batches -> collate -> images, targets -> model
+      -> to_results -> evaluate (average precision) and draw (pictures)
+Labels are 0..K-1 in the order of the json's categories; to_results maps them back to category ids.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.io import ImageReadMode, decode_image, write_jpeg, write_png
+from torchvision.ops import box_convert, clip_boxes_to_image
+from torchvision.transforms import v2
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+
+class DataError(Exception):
+    """Something is wrong with what the user handed in; the message says what, where and what to do."""
+
+
+# --- 1. Read --------------------------------------------------------------------------------------
+
+
+def find_split(root, split):
+    """Annotation file and image folder of split "train" or "val" in COCO's or the export layout."""
+    root, other = Path(root), {"train": "train", "val": "valid"}[split]
+    layouts = [
+        (root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"),
+        (root / other / "_annotations.coco.json", root / other),
+    ]
+    for annotations, folder in layouts:
+        if annotations.is_file():
+            return annotations, folder
+    raise DataError(f"{root}: no {split} split; expected {layouts[0][0]} or {layouts[1][0]}")
+
+
+def read_image(path, size=None):
+    """RGB image (3, H, W) uint8 as a viewer shows it; size (H, W): what the annotations were drawn on.
+
+    A camera's rotation tag is followed unless only the unrotated image has that size.
+    """
+    try:
+        for follow_exif in (True, False):
+            image = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=follow_exif)
+            if size is None or image.shape[-2:] == tuple(size):
+                return image if image.dtype == torch.uint8 else (image >> 8).to(torch.uint8)
+    except RuntimeError as error:
+        reason = "no such file" if not Path(path).exists() else str(error).splitlines()[0]
+        raise DataError(f"{path}: cannot read the image ({reason}); replace or remove it") from None
+    raise DataError(
+        f"{path}: is {image.shape[2]}x{image.shape[1]} pixels, its annotations say "
+        f"{size[1]}x{size[0]}; correct width and height in the json or replace the image"
+    )
+
+
+class CocoDataset(Dataset):
+    """Images with their objects, from a folder in COCO format.
+
+    root: folder in COCO's layout or the common export layout (see find_split). classes: category dicts that
+    fix the labels (those of the training split), the json's own by default. limit: use the first so many images.
+    dataset[i] -> image (3, H, W) float in [0, 1], target dict(boxes (M, 4) float xyxy pixels, labels (M,) int64,
+    masks (M, H, W) bool if every annotation has a segmentation, image_id int, size (H, W) of the file).
+    dataset[i, seed] does the same with the transform's random choices fixed by seed. Raises DataError.
+    """
+
+    def __init__(self, root, split, transform=None, limit=None, classes=None):
+        from pycocotools.coco import COCO
+
+        self.file, self.folder = find_split(root, split)
+        self.transform = transform
+        try:
+            data = json.loads(self.file.read_text(encoding="utf-8"))
+            self.images = data["images"][:limit]
+            annotations = data.get("annotations", [])
+            self.classes = classes or [
+                {"id": c["id"], "name": c["name"]} for c in data["categories"]
+            ]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.file}: not a COCO annotation file ({error!r})") from None
+        if not self.images:
+            raise DataError(f"{self.file}: lists no images")
+        self.label_of = {c["id"]: label for label, c in enumerate(self.classes)}
+        ids = {image["id"] for image in self.images}
+        kept = [
+            a for a in annotations if a["image_id"] in ids and a["category_id"] in self.label_of
+        ]
+        # Evaluation needs them all, crowds too, with ids from 1: pycocotools takes 0 for "no match".
+        kept = [
+            {"iscrowd": 0, "segmentation": []}
+            | a
+            | {"id": i, "area": a.get("area", math.prod(a["bbox"][2:]))}
+            for i, a in enumerate(kept, start=1)
+        ]
+        self.truth = COCO()
+        self.truth.dataset = {
+            "images": self.images,
+            "annotations": kept,
+            "categories": self.classes,
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.truth.createIndex()
+        self.objects = [
+            [
+                a
+                for a in self.truth.imgToAnns[image["id"]]
+                if not a["iscrowd"] and self.has_area(a, image)
+            ]
+            for image in self.images
+        ]
+        used = sum(len(objects) for objects in self.objects)
+        masked = sum(bool(a["segmentation"]) for objects in self.objects for a in objects)
+        self.has_masks = 0 < masked == used
+        self.notes = [f"{len(self.images)} images, {used} objects, {len(self.classes)} classes"]
+        if crowds := sum(a["iscrowd"] for a in kept):
+            self.notes.append(f"{crowds} crowd regions count in evaluation only")
+        if dropped := len(kept) - crowds - used:
+            self.notes.append(f"{dropped} boxes without area inside their image dropped")
+        if 0 < masked < used:
+            self.notes.append(f"{used - masked} objects have no segmentation: masks are not used")
+
+    @staticmethod
+    def has_area(annotation, image):
+        x, y, w, h = annotation["bbox"]
+        return min(x + w, image["width"]) > max(x, 0) and min(y + h, image["height"]) > max(y, 0)
+
+    def without_transform(self):
+        """The same images as they lie in their files."""
+        plain = copy.copy(self)
+        plain.transform = None
+        return plain
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, item):
+        index, seed = item if isinstance(item, tuple) else (item, None)
+        info, objects = self.images[index], self.objects[index]
+        size = (info["height"], info["width"])
+        image = tv_tensors.Image(read_image(self.folder / info["file_name"], size))
+        boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
+        boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), size)
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+            "labels": torch.tensor(
+                [self.label_of[a["category_id"]] for a in objects], dtype=torch.int64
+            ),
+        }
+        if self.has_masks:
+            masks = [torch.from_numpy(self.truth.annToMask(a)) for a in objects]
+            masks = torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8)
+            target["masks"] = tv_tensors.Mask(masks)
+        if self.transform:
+            with torch.random.fork_rng(devices=[], enabled=seed is not None):
+                if seed is not None:
+                    torch.manual_seed(seed)
+                image, target = self.transform(image, target)
+        image, target = finish(image, target)
+        return image, target | {"image_id": info["id"], "size": size}
+
+
+def finish(image, target):
+    """Plain tensors, floats in [0, 1]; boxes are clipped, and objects dropped of which nothing is left."""
+    boxes = clip_boxes_to_image(target["boxes"].as_subclass(torch.Tensor), image.shape[-2:])
+    keep = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
+    if "masks" in target:
+        target["masks"] = target["masks"].as_subclass(torch.Tensor).bool()
+        keep &= target["masks"].flatten(1).any(dim=1)
+    target = {name: value[keep] for name, value in (target | {"boxes": boxes}).items()}
+    return image.as_subclass(torch.Tensor).float() / 255, target
+
+
+# --- 2. Transform ---------------------------------------------------------------------------------
+
+
+def resized(h, w, short, longest):
+    """Size with short side `short`, or long side `longest` if that is smaller (Detectron2's rounding)."""
+    scale = min(short / min(h, w), longest / max(h, w))
+    return int(h * scale + 0.5), int(w * scale + 0.5)
+
+
+class Transform:
+    """A recipe's resizing and, in training, its random flip, crop and scale; masks and boxes follow.
+
+    recipe: sizes (short sides in pixels; one is drawn in training, the last serves evaluation; empty: the image's
+    own), max_size (of the long side), crop (smallest and largest side, of every second image; empty: none), jitter.
+    """
+
+    def __init__(self, recipe, train):
+        self.recipe, self.train = recipe, train
+
+    def __call__(self, image, target):
+        r = self.recipe
+        if self.train:
+            image, target = v2.RandomHorizontalFlip(0.5)(image, target)
+            if r["crop"] and torch.rand(()) < 0.5:
+                image, target = self.resize(image, target, choice((400, 500, 600)))
+                low, high = r["crop"]
+                side = [
+                    int(torch.randint(min(s, low), min(s, high) + 1, ())) for s in image.shape[-2:]
+                ]
+                image, target = v2.RandomCrop(side)(image, target)
+        short = (choice(r["sizes"]) if self.train else r["sizes"][-1]) if r["sizes"] else None
+        short = short or min(min(image.shape[-2:]), r["max_size"])
+        scale = 1 + r["jitter"] * (2 * torch.rand(()).item() - 1) if self.train else 1.0
+        return self.resize(image, target, short, r["max_size"], scale)
+
+    @staticmethod
+    def resize(image, target, short, longest=math.inf, scale=1.0):
+        h, w = resized(*image.shape[-2:], short, longest)
+        size = max(1, round(h * scale)), max(1, round(w * scale))
+        return v2.Resize(size)(image, target) if size != image.shape[-2:] else (image, target)
+
+
+def choice(values):
+    return values[int(torch.randint(len(values), ()))]
+
+
+# --- 3. Batch -------------------------------------------------------------------------------------
+
+
+class Batches(Sampler):
+    """Batches of (index, seed) for training steps start..stop, images of similar aspect ratio together.
+
+    Step t is the same whatever came before and however many workers load it, so a resumed run goes on exactly.
+    Of each global batch of `world` processes, process `rank` gets its share.
+    """
+
+    def __init__(self, dataset, batch_size, start, stop, seed=0, rank=0, world=1):
+        self.aspect = torch.tensor([image["width"] / image["height"] for image in dataset.images])
+        self.batch_size, self.start, self.stop = batch_size, start, stop
+        self.seed, self.rank, self.world = seed, rank, world
+        self.per_epoch = steps_per_epoch(dataset, batch_size * world)
+
+    def epoch(self, number):
+        """The epoch's global batches (per_epoch, world * batch_size), shuffled by seed and epoch number."""
+        generator = torch.Generator().manual_seed(random_seed(self.seed, number))
+        size = self.batch_size * self.world
+        order = torch.randperm(len(self.aspect), generator=generator)
+        order = order.repeat(-(-size // len(order)))[: self.per_epoch * size]
+        for window in order.split(
+            16 * size
+        ):  # sorting only within windows keeps the batches random
+            window.copy_(window[self.aspect[window].argsort()])
+        return order.reshape(self.per_epoch, size)[
+            torch.randperm(self.per_epoch, generator=generator)
+        ]
+
+    def __iter__(self):
+        shown = None
+        for step in range(self.start, self.stop):
+            number, place = divmod(step, self.per_epoch)
+            if number != shown:
+                batches, shown = self.epoch(number), number
+            mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+            indices = batches[place, mine].tolist()
+            first = self.rank * self.batch_size
+            yield [(i, random_seed(self.seed, step, first + k)) for k, i in enumerate(indices)]
+
+    def __len__(self):
+        return self.stop - self.start
+
+
+def steps_per_epoch(dataset, global_batch):
+    return max(1, len(dataset) // global_batch)
+
+
+def random_seed(*numbers):
+    """One seed from several whole numbers, the same in every process."""
+    return hash(numbers) % 2**63
+
+
+def collate(samples):
+    """List of (image, target) -> list of images, list of targets."""
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)
+
+
+# --- 4. Evaluate ----------------------------------------------------------------------------------
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def to_results(dataset, target, output):
+    """One image's detections in COCO's result format: category ids, xywh boxes, run-length masks."""
+    from pycocotools import mask as mask_api
+
+    boxes = box_convert(output["boxes"].float(), "xyxy", "xywh").tolist()
+    scores, labels = output["scores"].tolist(), output["labels"].tolist()
+    results = [
+        {
+            "image_id": target["image_id"],
+            "category_id": dataset.classes[label]["id"],
+            "bbox": box,
+            "score": score,
+        }
+        for box, score, label in zip(boxes, scores, labels, strict=True)
+    ]
+    if "masks" in output:
+        masks = output["masks"].permute(1, 2, 0).to("cpu", torch.uint8).numpy()
+        for result, rle in zip(results, mask_api.encode(np.asfortranarray(masks)), strict=True):
+            result["segmentation"] = rle | {"counts": rle["counts"].decode()}
+    return results
+
+
+def evaluate(dataset, results):
+    """COCO average precision of results (see to_results): METRICS for boxes, and with "mask_" before for masks.
+
+    Zero without detections; -1, shown as n/a, where the data has nothing to find. Prints nothing.
+    """
+    from pycocotools import mask as mask_api
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    metrics = {}
+    for kind in ("bbox", "segm") if dataset.has_masks else ("bbox",):
+        found = COCO()
+        annotations = [dict(r, id=i, iscrowd=0) for i, r in enumerate(results, start=1)]
+        for a in annotations:  # objects are small, medium or large by what is judged: box or mask
+            a["area"] = (
+                math.prod(a["bbox"][2:])
+                if kind == "bbox"
+                else float(mask_api.area(a["segmentation"]))
+            )
+        found.dataset = dataset.truth.dataset | {"annotations": annotations}
+        with contextlib.redirect_stdout(io.StringIO()):
+            found.createIndex()
+            judge = COCOeval(dataset.truth, found, kind)
+            judge.evaluate()
+            judge.accumulate()
+            judge.summarize()
+        prefix = "mask_" if kind == "segm" else ""
+        metrics |= {prefix + name: float(v) for name, v in zip(METRICS, judge.stats, strict=False)}
+    return metrics
+
+
+# --- 5. Draw --------------------------------------------------------------------------------------
+
+
+def draw(image, found, classes, threshold=0.5):
+    """Image (3, H, W) in [0, 1] with boxes, masks and names of what was found or is true: (3, H', W') uint8.
+
+    Small images are enlarged so that the names can be read.
+    """
+    zoom = max(1, round(320 / max(image.shape[-2:])))
+    canvas = (image.clamp(0, 1) * 255).to("cpu", torch.uint8)
+    canvas = canvas.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    keep = (found.get("scores", torch.ones(len(found["boxes"]))) >= threshold).cpu()
+    if not keep.any():
+        return canvas
+    labels = found["labels"].cpu()[keep]
+    colors = [COLORS[i % len(COLORS)] for i in labels.tolist()]
+    names = [classes[i]["name"] for i in labels.tolist()]
+    if "scores" in found:
+        scores = found["scores"].cpu()[keep].tolist()
+        names = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
+    if "masks" in found:
+        masks = found["masks"].cpu()[keep].repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+        canvas = draw_segmentation_masks(canvas, masks, alpha=0.4, colors=colors)
+    boxes = found["boxes"].cpu()[keep] * zoom
+    return draw_bounding_boxes(canvas, boxes, names, colors=colors, width=2)
+
+
+COLORS = ["red", "lime", "blue", "yellow", "magenta", "cyan", "orange", "white", "purple", "green"]
+
+
+def save_pictures(path, rows):
+    """Write rows of pictures (3, H, W) uint8 as one PNG, side by side, padded with white."""
+    height, width = (max(p.shape[d] for row in rows for p in row) + 4 for d in (1, 2))
+    canvas = torch.full(
+        (3, height * len(rows), width * max(map(len, rows))), 255, dtype=torch.uint8
+    )
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            _, h, w = picture.shape
+            canvas[:, i * height : i * height + h, j * width : j * width + w] = picture
+    write_png(canvas, str(path))
+
+
+# --- 6. Shapes ------------------------------------------------------------------------------------
+
+SHAPES = {  # name -> is the point inside? u, v: coordinates turned with the shape, in units of its radius
+    "circle": lambda u, v: u**2 + v**2 < 0.8,
+    "square": lambda u, v: np.maximum(abs(u), abs(v)) < 0.75,
+    "triangle": lambda u, v: np.maximum(v, abs(u) * 0.866 - v / 2) < 0.5,
+    "flower": lambda u, v: np.hypot(u, v) < 0.55 + 0.42 * np.cos(5 * np.arctan2(v, u)),
+    "cross": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.28) & (np.maximum(abs(u), abs(v)) < 0.95),
+    "ring": lambda u, v: abs(np.hypot(u, v) - 0.76) < 0.22,
+}
+SHAPES_SIZES = [(128, 128), (112, 160), (160, 112), (96, 160), (160, 96)]  # (H, W)
+
+
+def make_shapes(root, num_train=4000, num_val=500, seed=0):
+    """Write the generated data set into folder root unless it is there: the same files for the same seed.
+
+    1-8 turned shapes of 9 to 56 pixels' radius, any colour, that hide at most half of each other, on textured
+    backgrounds. The folder appears only when complete.
+    """
+    root = Path(root)
+    if root.exists():
+        return root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    print(f"writing {num_train + num_val} generated images to {root}", flush=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{root.name}-unfinished-", dir=root.parent))
+    try:
+        (unfinished / "annotations").mkdir()
+        for split, count in (("train", num_train), ("val", num_val)):
+            write_shapes(unfinished, split, count, seed)
+        os.replace(unfinished, root)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return root
+
+
+def write_shapes(root, split, count, seed):
+    from pycocotools import mask as mask_api
+
+    folder = root / f"{split}2017"
+    folder.mkdir()
+    images, annotations = [], []
+    for i in range(1, count + 1):
+        pixels, objects = draw_shapes(np.random.default_rng([seed, split == "val", i]))
+        name = f"{i:012}.jpg"
+        write_jpeg(
+            torch.from_numpy(pixels.transpose(2, 0, 1).copy()), str(folder / name), quality=95
+        )
+        images.append(dict(id=i, file_name=name, height=pixels.shape[0], width=pixels.shape[1]))
+        for label, mask in objects:
+            rle = mask_api.encode(np.asfortranarray(mask, dtype=np.uint8))
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=i,
+                    category_id=label + 1,
+                    bbox=mask_api.toBbox(rle).tolist(),
+                    area=int(mask.sum()),
+                    iscrowd=0,
+                    segmentation=rle | {"counts": rle["counts"].decode()},
+                )
+            )
+    categories = [dict(id=label + 1, name=name) for label, name in enumerate(SHAPES)]
+    data = dict(info={}, images=images, annotations=annotations, categories=categories)
+    (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(data))
+
+
+def draw_shapes(random):
+    """One picture (H, W, 3) uint8 and its objects: list of (label, visible mask (H, W) bool)."""
+    H, W = SHAPES_SIZES[random.integers(len(SHAPES_SIZES))]
+    pixels = background(random, H, W)
+    objects, whole = [], []
+    for _ in range(min(8, random.geometric(0.3))):
+        label = int(random.integers(len(SHAPES)))
+        radius = np.exp(random.uniform(np.log(9), np.log(56)))
+        radius = min(radius, 0.48 * min(H, W))
+        cy, cx = random.uniform(0.8 * radius, [H - 0.8 * radius, W - 0.8 * radius])
+        angle = random.uniform(0, 2 * np.pi)
+        y, x = np.ogrid[:H, :W]
+        u = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / radius
+        v = ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / radius
+        mask = list(SHAPES.values())[label](u, v)
+        visible = [(old_label, old & ~mask) for old_label, old in objects]
+        if any(new.sum() < 0.5 * area for (_, new), area in zip(visible, whole, strict=True)):
+            continue  # would hide too much of an earlier object
+        color = random.uniform(0, 255, 3)
+        while (
+            abs(color - pixels[mask].mean(axis=0)).max() < 70
+        ):  # can be told from what is behind it
+            color = random.uniform(0, 255, 3)
+        pixels[mask] = color * (1 + 0.15 * u[mask] * random.choice([-1, 1]))[:, None]
+        objects, whole = [*visible, (label, mask)], [*whole, mask.sum()]
+    pixels += random.normal(0, 6, pixels.shape)
+    return pixels.clip(0, 255).astype(np.uint8), objects
+
+
+def background(random, H, W):
+    """Colour gradient, stripes or blotches (H, W, 3), float in 0..255."""
+    y, x = np.mgrid[:H, :W] / max(H, W)
+    angle, frequency = random.uniform(0, 2 * np.pi), random.uniform(3, 15)
+    along = x * np.cos(angle) + y * np.sin(angle)
+    pattern = [
+        along,
+        np.sin(2 * np.pi * frequency * along) / 2,
+        np.sin(frequency * x + 3 * np.sin(frequency * y)) / 2,
+    ][random.integers(3)]
+    first, second = random.uniform(20, 235, 3), random.uniform(-60, 60, 3)
+    return first + pattern[:, :, None] * second

@@ -1,0 +1,690 @@
+"""Train, evaluate, show, measure: one loop for all models.
+
+python train.py --model mimdet                             # generated shapes, nano variant, on any laptop
+python train.py --model mimdet --variant base --data COCO  # real data in COCO's format
+torchrun --nproc-per-node=8 train.py --model mimdet ...    # several GPUs
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+
+# Must be set before torch starts its threads: waiting ones sleep instead of burning shared cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Subset
+from torch.utils.flop_counter import FlopCounterMode
+
+import coco
+import mimdet
+from coco import DataError
+
+MODELS = {"mimdet": mimdet}
+EVALUATIONS = 8  # a run
+SAVE_SECONDS = 600  # last.pt is written at every evaluation and at least this often
+
+# --- 1. Arguments ---------------------------------------------------------------------------------
+
+
+def parse_args(argv):
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--model", choices=MODELS, default="mimdet")
+    p.add_argument("--variant", default="nano", help="a name in the model's CONFIGS")
+    p.add_argument(
+        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="change Config or recipe fields"
+    )
+    p.add_argument("--data", help="folder in COCO format; generated shapes by default")
+    p.add_argument("--out", help="folder of this run; runs/MODEL-VARIANT by default")
+    p.add_argument(
+        "--epochs", type=float, help="length of the learning-rate schedule; the recipe's by default"
+    )
+    p.add_argument(
+        "--steps",
+        type=int,
+        help="stop after so many steps; without --epochs the schedule ends there",
+    )
+    p.add_argument(
+        "--batch-size", type=int, help="images a step and process; the recipe's in all by default"
+    )
+    p.add_argument("--accumulate", type=int, default=1, help="batches per optimiser step")
+    p.add_argument(
+        "--lr", type=float, help="taken literally; by default the recipe's, scaled to the batch"
+    )
+    p.add_argument("--limit", type=int, help="use only the first so many images of each split")
+    p.add_argument("--eval-on", choices=["val", "train"], default="val")
+    p.add_argument(
+        "--workers", type=int, help="loader processes; 0 on a CPU, up to 8 on a GPU by default"
+    )
+    p.add_argument("--device", help="cuda, mps or cpu; the first there is by default")
+    p.add_argument("--amp", choices=["off", "bf16"], help="bf16 on cuda, off elsewhere by default")
+    p.add_argument("--compile", action="store_true", help="torch.compile the model")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--init",
+        metavar="FILE",
+        help="start from these weights: the authors' or any of this project",
+    )
+    p.add_argument(
+        "--resume", nargs="?", const="", metavar="FILE", help="go on from last.pt of --out, or FILE"
+    )
+    p.add_argument("--eval-only", action="store_true", help="evaluate --init or the run's best.pt")
+    p.add_argument(
+        "--predict", nargs="+", metavar="IMAGE", help="draw what --init or the run's best.pt finds"
+    )
+    p.add_argument(
+        "--summary", action="store_true", help="print parameters and GFLOPs of every variant"
+    )
+    p.add_argument(
+        "--benchmark",
+        action="store_true",
+        help="print speed and memory of forward and training step",
+    )
+    return p.parse_args(argv)
+
+
+def override(settings, *tables):
+    """Apply "field=value" texts to the first dict of `tables` that has the field; values keep their type."""
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        table = next((t for t in tables if name in t), None)
+        if not equals or table is None:
+            known = ", ".join(field for t in tables for field in t)
+            raise DataError(f"--set {setting}: give FIELD=VALUE with a field of {known}")
+        try:
+            table[name] = parse_value(text, table[name])
+        except (ValueError, KeyError):
+            raise DataError(
+                f"--set {setting}: {name} is now {table[name]!r}, give a value like it"
+            ) from None
+
+
+def parse_value(text, old):
+    if isinstance(old, bool):
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if isinstance(old, int | float):
+        return type(old)(text)
+    if any(c.isalpha() for c in text):
+        return text
+    return tuple(float(x) if "." in x else int(x) for x in text.split(",") if x)
+
+
+def choose_out(args):
+    """The folder asked for; else the newest runs/MODEL-VARIANT[-N] to read from, or the first free to write to."""
+    reads = args.resume is not None or args.eval_only or args.predict
+    if args.out:
+        if not reads and (Path(args.out) / "last.pt").exists():
+            raise DataError(
+                f"{args.out} holds a run; give --resume to go on with it, or another --out"
+            )
+        return Path(args.out)
+    base, n = f"runs/{args.model}-{args.variant}", 1
+    folders = [Path(base)]
+    while (folders[-1] / "last.pt").exists():
+        n += 1
+        folders.append(Path(f"{base}-{n}"))
+    return folders[max(0, len(folders) - 2)] if reads else folders[-1]
+
+
+def choose_device(name, local_rank):
+    if name is None:
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return device
+
+
+# --- 2. Weights -----------------------------------------------------------------------------------
+
+
+def read_checkpoint(path):
+    """Tensors and plain values of a file; nothing in it is run."""
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"{path}: not a checkpoint of plain tensors, or damaged ({reason})"
+        ) from None
+    if not isinstance(data, dict):
+        raise DataError(f"{path}: holds a {type(data).__name__}, not a dict of weights")
+    return data
+
+
+def load_weights(net, module, args, path, data):
+    """Fill net from a checkpoint of this project or of the authors and say what became of every tensor."""
+    source = data.get("model", data)
+    source = (
+        {k: v for k, v in source.items() if isinstance(v, torch.Tensor)}
+        if isinstance(source, dict)
+        else {}
+    )
+    own = data.get("name") == args.model
+    state = source if own else module.from_official(source, net.config)
+    wanted = net.state_dict()
+    fits = {k: v for k, v in state.items() if k in wanted and v.shape == wanted[k].shape}
+    shapes = {v.shape for v in source.values()}
+    resized = [k for k in fits if fits[k].shape not in shapes]
+    other = [k for k in state if k in wanted and k not in fits]
+    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in wanted]
+    print(f"{path}: {len(fits)} of {len(wanted)} tensors loaded, {len(resized)} of them resized")
+    for what, names in (
+        ("other shape, not loaded", other),
+        ("missing", missing),
+        ("unexpected", unexpected),
+    ):
+        if names:
+            print(
+                f"  {what}: {len(names)}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+            )
+    if sum(fits[k].numel() for k in fits) < 0.1 * sum(v.numel() for v in wanted.values()):
+        raise DataError(
+            f"{path}: almost nothing fits {args.model} {args.variant}; is --variant right?"
+        )
+    net.load_state_dict(fits, strict=False)
+
+
+def save(path, data):
+    """Write a checkpoint so that a crash leaves the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(data, partial)
+    os.replace(partial, path)
+
+
+# --- 3. Evaluate ----------------------------------------------------------------------------------
+
+
+def make_loader(args, dataset, **kwargs):
+    return DataLoader(dataset, num_workers=args.workers, collate_fn=coco.collate, **kwargs)
+
+
+def to_device(batch, device):
+    images, targets = batch
+    move = lambda x: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x  # noqa: E731
+    return [move(image) for image in images], [{k: move(v) for k, v in t.items()} for t in targets]
+
+
+@torch.inference_mode()
+def evaluate(args, net, dataset, tag):
+    """Metrics over the whole data set; writes result.json, detections.json and a picture into args.out."""
+    net.eval()
+    results, drawn, began = [], {}, time.time()
+    mine = Subset(dataset, range(args.rank, len(dataset), args.world))
+    for batch in make_loader(args, mine, batch_size=args.batch_size):
+        images, targets = to_device(batch, args.device)
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            outputs = net(images, sizes=[t["size"] for t in targets])
+        for target, output in zip(targets, outputs, strict=True):
+            results += coco.to_results(dataset, target, output)
+            if len(drawn) < 8:
+                drawn[target["image_id"]] = output
+    if args.world > 1:
+        shards = [None] * args.world
+        dist.all_gather_object(shards, results)
+        results = sum(shards, [])
+    if args.rank:
+        return None
+    metrics = coco.evaluate(dataset, results)
+    write_json(args.out / "detections.json", results)
+    coco.save_pictures(args.out / f"{tag}.png", comparison(dataset, drawn))
+    shown = "  ".join(f"{name} {n_a(value)}" for name, value in metrics.items())
+    print(f"{tag}  {shown}  ({len(dataset)} images, {duration(time.time() - began)})", flush=True)
+    return metrics
+
+
+def comparison(dataset, outputs):
+    """Picture rows: truth beside what was found, for a few images at their own size."""
+    plain = dataset.without_transform()
+    rows = []
+    for index, info in enumerate(dataset.images):
+        if info["id"] in outputs:
+            image, truth = plain[index]
+            rows.append(
+                [coco.draw(image, found, dataset.classes) for found in (truth, outputs[info["id"]])]
+            )
+    return [sum(rows[i : i + 2], []) for i in range(0, len(rows), 2)]
+
+
+def write_json(path, data):
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data))
+    os.replace(partial, path)
+
+
+def n_a(value):
+    return "n/a" if value < 0 else f"{value:.3f}"
+
+
+def duration(seconds):
+    m, s = divmod(round(seconds), 60)
+    return f"{m // 60}h{m % 60:02}m" if m >= 60 else f"{m}m{s:02}s"
+
+
+# --- 4. Train -------------------------------------------------------------------------------------
+
+
+def lr_factor(step, steps, recipe):
+    """Linear warm-up, then a cosine to 0, or a factor 0.1 at each of the schedule's fractions of the run."""
+    warmup = min(recipe["warmup"], steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    if recipe["schedule"] == "cosine":
+        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+    return 0.1 ** sum(step >= part * steps for part in recipe["schedule"])
+
+
+def plan(args, recipe, dataset):
+    """Set args.steps (where to stop), args.schedule (steps of the lr schedule) and args.lr."""
+    total = args.batch_size * args.accumulate * args.world
+    per_epoch = coco.steps_per_epoch(dataset, total)
+    args.schedule = args.steps
+    if args.epochs or not args.steps:
+        args.schedule = max(1, round((args.epochs or recipe["epochs"]) * per_epoch))
+        args.steps = min(args.steps or args.schedule, args.schedule)
+    scaled = recipe["lr"] * total / recipe["batch_size"]
+    how = "as given" if args.lr else f"= {recipe['lr']:g} x {total} / {recipe['batch_size']} images"
+    args.lr = args.lr or scaled
+    say(
+        args,
+        f"{args.steps} steps of {total} images, {args.steps / per_epoch:.3g} epochs; lr {args.lr:.3g} ({how})",
+    )
+    return per_epoch
+
+
+def check_finite(losses, step, targets):
+    bad = [name for name, loss in losses.items() if not torch.isfinite(loss)]
+    if bad:
+        ids = ", ".join(str(t["image_id"]) for t in targets)
+        raise DataError(
+            f"step {step}: {', '.join(bad)} is not finite on images {ids}; the last checkpoint is kept. "
+            "Try a lower --lr, --amp off, or look at these images"
+        )
+
+
+def train(args, module, recipe, net, data, dataset, held_out):
+    per_epoch = plan(args, recipe, dataset)
+    optimizer = torch.optim.AdamW(module.param_groups(net, recipe), lr=args.lr, betas=(0.9, 0.999))
+    start, best, images_seen, seconds = 0, -math.inf, 0, 0.0
+    if args.resume is not None:
+        optimizer.load_state_dict(data["optimizer"])
+        start, best = data["step"], data["best"]
+        images_seen, seconds = data["images_seen"], data["seconds"]
+        say(args, f"resuming after step {start}")
+    model = torch.compile(net) if args.compile else net
+    if args.world > 1:
+        ids = [args.device.index] if args.device.type == "cuda" else None
+        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    micro = coco.Batches(
+        dataset,
+        args.batch_size,
+        start * args.accumulate,
+        args.steps * args.accumulate,
+        args.seed,
+        args.rank,
+        args.world,
+    )
+    batches = iter(
+        make_loader(args, dataset, batch_sampler=micro, pin_memory=args.device.type == "cuda")
+    )
+    log = Log(args, start)
+    eval_every = max(1, args.schedule // EVALUATIONS)
+    log_every = max(1, min(50, eval_every // 4))
+    interrupted = []
+    signal.signal(
+        signal.SIGINT, lambda *_: interrupted.append(1) if not interrupted else sys.exit(130)
+    )
+    began = saved = time.time()
+    metrics = None
+
+    def checkpoint(name):
+        if args.rank == 0:
+            now = time.time() - began + seconds
+            save(
+                args.out / name,
+                checkpoint_data(args, net, optimizer, dataset, step + 1, best, images_seen, now),
+            )
+
+    for step in range(start, args.steps):
+        torch.manual_seed(
+            coco.random_seed(args.seed, step, args.rank)
+        )  # a resumed run draws the same numbers
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * lr_factor(step, args.schedule, recipe) * group["lr_scale"]
+        net.train()
+        for part in range(args.accumulate):
+            images, targets = to_device(next(batches), args.device)
+            last = part == args.accumulate - 1
+            with contextlib.nullcontext() if last or args.world == 1 else model.no_sync():
+                with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+                    losses = model(images, targets)
+                check_finite(losses, step, targets)
+                (sum(losses.values()) / args.accumulate).backward()
+        if recipe["clip"]:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), recipe["clip"])
+        optimizer.step()
+        optimizer.zero_grad()
+        images_seen += args.batch_size * args.accumulate * args.world
+        done = step + 1
+        log.step(done, per_epoch, losses, optimizer, log_every)
+        if done % eval_every == 0 or done == args.steps:
+            metrics = evaluate(args, net, held_out, f"epoch-{done / per_epoch:06.2f}")
+            if metrics:
+                log.write(step=done, **metrics)
+                score = next(iter(metrics.values()))  # the first metric decides
+                if score > best:
+                    best = score
+                    checkpoint("best.pt")
+                write_result(args, net, metrics, done, images_seen, time.time() - began + seconds)
+            checkpoint("last.pt")
+            saved = time.time()
+        if interrupted or time.time() - saved > SAVE_SECONDS:
+            checkpoint("last.pt")
+            saved = time.time()
+        if interrupted:
+            say(args, f"interrupted after step {done}; go on with --resume --out {args.out}")
+            sys.exit(130)
+    return metrics
+
+
+def checkpoint_data(args, net, optimizer, dataset, step, best, images_seen, seconds):
+    return dict(
+        name=args.model,
+        variant=args.variant,
+        config=dataclasses.asdict(net.config),
+        classes=dataset.classes,
+        model=net.state_dict(),
+        optimizer=optimizer.state_dict(),
+        step=step,
+        best=best,
+        images_seen=images_seen,
+        seconds=seconds,
+        seed=args.seed,
+    )
+
+
+def write_result(args, net, metrics, step, images_seen, seconds):
+    result = metrics | dict(
+        images_seen=images_seen,
+        seconds=round(seconds, 1),
+        steps=step,
+        seed=args.seed,
+        config=dataclasses.asdict(net.config),
+        command=" ".join(sys.argv),
+    )
+    write_json(args.out / "result.json", result)
+
+
+class Log:
+    """Progress on the screen, and every line of it as json in log.jsonl."""
+
+    def __init__(self, args, start):
+        self.args, self.shown, self.began, self.clock = args, start, start, time.time()
+        self.since = self.clock
+        if args.rank == 0:
+            args.out.mkdir(parents=True, exist_ok=True)
+            self.file = (args.out / "log.jsonl").open("a" if start else "w")
+
+    def step(self, done, per_epoch, losses, optimizer, every):
+        if self.args.rank or (done % every and done != self.args.steps):
+            return
+        values = {name: round(float(loss), 4) for name, loss in losses.items()}
+        now = time.time()
+        speed = (
+            (done - self.shown)
+            * self.args.batch_size
+            * self.args.accumulate
+            * self.args.world
+            / (now - self.clock)
+        )
+        left = (self.args.steps - done) * (now - self.since) / (done - self.began)
+        lr = max(group["lr"] for group in optimizer.param_groups)
+        parts = "  ".join(
+            f"{name.removeprefix('loss_')} {value:.3f}" for name, value in values.items()
+        )
+        print(
+            f"step {done}/{self.args.steps}  epoch {done / per_epoch:.2f}  loss {sum(values.values()):.3f}  {parts}  "
+            f"lr {lr:.1e}  {speed:.1f} images/s  {duration(left)} left",
+            flush=True,
+        )
+        self.write(
+            step=done, epoch=done / per_epoch, lr=lr, images_per_second=round(speed, 2), **values
+        )
+        self.shown, self.clock = done, now
+
+    def write(self, **line):
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+
+def say(args, text):
+    if args.rank == 0:
+        print(text, flush=True)
+
+
+# --- 5. Predict, summary, benchmark ---------------------------------------------------------------
+
+
+@torch.inference_mode()
+def predict(args, net, recipe, classes):
+    """Draw detections on pictures and save each into args.out."""
+    net.eval()
+    args.out.mkdir(parents=True, exist_ok=True)
+    transform = coco.Transform(recipe, train=False)
+    for number, path in enumerate(args.predict, start=1):
+        pixels = coco.read_image(path)
+        image, _ = transform(coco.tv_tensors.Image(pixels), {})
+        image = image.as_subclass(torch.Tensor).float() / 255
+        (found,) = net([image.to(args.device)], sizes=[tuple(pixels.shape[-2:])])
+        file = args.out / f"predict-{number}-{Path(path).stem}.png"
+        coco.save_pictures(file, [[coco.draw(pixels / 255, found, classes)]])
+        sure = int((found["scores"] >= 0.5).sum())
+        print(f"{path}: {sure} objects with a score of 0.5 or more -> {file}")
+
+
+def summary():
+    """Parameters and cost of every variant of every model, without allocating any."""
+    print(
+        f"{'model':8} {'variant':10} {'parameters':>13} {'trainable':>13} {'input':>9} {'GFLOPs':>9}"
+    )
+    for name, module in MODELS.items():
+        for variant, config in module.CONFIGS.items():
+            recipe = module.RECIPES.get(variant, module.RECIPES["paper"])
+            size = (recipe["sizes"][-1], recipe["max_size"]) if recipe["sizes"] else (128, 128)
+            with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+                net = module.build(config, 80).eval()
+                net.dense([torch.rand(3, *size)])
+            counts = [
+                sum(p.numel() for p in net.parameters() if p.requires_grad >= flag)
+                for flag in (0, 1)
+            ]
+            flops = counter.get_total_flops() / 1e9
+            print(
+                f"{name:8} {variant:10} {counts[0]:13,} {counts[1]:13,} {size[0]:4}x{size[1]:<4} {flops:9,.1f}"
+            )
+    print("80 classes; one image; a multiplication and its addition count as two operations")
+
+
+def benchmark(args, module, recipe, net, dataset):
+    """Median speed of forward and training step on one real batch, repeated; peak memory."""
+    batches = coco.Batches(dataset, args.batch_size, 0, 1, args.seed)
+    images, targets = to_device(
+        next(iter(make_loader(args, dataset, batch_sampler=batches))), args.device
+    )
+    optimizer = torch.optim.AdamW(module.param_groups(net, recipe), lr=1e-5)
+    model = torch.compile(net) if args.compile else net
+
+    def forward():
+        net.eval()
+        with torch.inference_mode():
+            model(images)
+
+    def step():
+        net.train()
+        sum(model(images, targets).values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    sizes = sorted({tuple(image.shape[-2:]) for image in images})
+    print(
+        f"{args.model} {args.variant}, {len(images)} images of {sizes[0]} to {sizes[-1]}, {args.device}, amp {args.amp}"
+    )
+    for name, work in (("forward", forward), ("step", step)):
+        times = []
+        for _ in range(args.steps or 7):
+            began = time.perf_counter()
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+                work()
+            if args.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        seconds = statistics.median(times[1:] or times)  # the first warms up
+        print(
+            f"{name:8} {len(images) / seconds:8.2f} images/s  {1000 * seconds:9.1f} ms  peak {peak_memory(args.device)}"
+        )
+
+
+def peak_memory(device):
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "n/a"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
+
+
+# --- 6. Main --------------------------------------------------------------------------------------
+
+
+def run(args):
+    if args.summary:
+        return summary()
+    module = MODELS[args.model]
+    if args.variant not in module.CONFIGS:
+        raise DataError(f"--variant {args.variant}: {args.model} has {', '.join(module.CONFIGS)}")
+    args.out = choose_out(args)
+    path, data = starting_point(args)
+    own = data.get("name") == args.model and "config" in data
+    config = dataclasses.asdict(module.CONFIGS[args.variant])
+    if own and (args.resume is not None or args.eval_only or args.predict):
+        config, args.variant = dict(data["config"]), data["variant"]
+    recipe = dict(module.RECIPES.get(args.variant, module.RECIPES["paper"]))
+    override(args.set, config, recipe)
+    args.batch_size = args.batch_size or max(
+        1, recipe["batch_size"] // (args.world * args.accumulate)
+    )
+    classes = data["classes"] if own else None
+    dataset = held_out = None
+    if not args.predict or args.data:
+        root = args.data or shapes_folder(args)
+        if not args.eval_only:
+            dataset = coco.CocoDataset(root, "train", coco.Transform(recipe, True), args.limit)
+            classes = dataset.classes
+            say(args, f"train: {'; '.join(dataset.notes)}")
+        elif not own:
+            classes = None
+        held_out = coco.CocoDataset(
+            root, args.eval_on, coco.Transform(recipe, False), args.limit, classes
+        )
+        classes = held_out.classes
+        say(args, f"evaluation: {'; '.join(held_out.notes)} ({args.eval_on})")
+        if not (dataset or held_out).has_masks and config.get("masks"):
+            config["masks"] = False
+            say(args, "no masks in the annotations: boxes alone")
+    classes = classes or [{"id": i, "name": f"class {i}"} for i in range(80)]
+    torch.manual_seed(args.seed)
+    net = module.build(module.Config(**config), len(classes)).to(args.device)
+    if args.device.type == "cuda" and args.world > 1:
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    if path:
+        load_weights(net, module, args, path, data)
+    if args.predict:
+        return predict(args, net, recipe, classes)
+    if args.benchmark:
+        return benchmark(args, module, recipe, net, dataset)
+    if args.eval_only:
+        args.out.mkdir(parents=True, exist_ok=True)
+        metrics = evaluate(args, net, held_out, "eval-only")
+    else:
+        metrics = train(args, module, recipe, net, data, dataset, held_out)
+    if args.rank == 0 and metrics:
+        report(args, metrics)
+
+
+def shapes_folder(args):
+    if args.rank == 0:
+        coco.make_shapes("data/shapes")
+    if args.world > 1:
+        dist.barrier()
+    return "data/shapes"
+
+
+def starting_point(args):
+    """Checkpoint to start from: its path and content, or None and an empty dict."""
+    path = args.init
+    if args.resume is not None:
+        path = args.resume or args.out / "last.pt"
+    elif not path and (args.eval_only or args.predict):
+        path = args.out / "best.pt"
+        if not path.exists():
+            raise DataError(f"{path}: no such file; train first or give weights with --init FILE")
+    data = read_checkpoint(path) if path else {}
+    if args.resume is not None and (data.get("name") != args.model or "optimizer" not in data):
+        raise DataError(
+            f"{path}: not a checkpoint of a {args.model} run; start from it with --init"
+        )
+    return path, data
+
+
+def report(args, metrics):
+    print("\n        " + "".join(f"{name:>8}" for name in coco.METRICS))
+    for kind, prefix in (("boxes", ""), ("masks", "mask_")):
+        row = [n_a(metrics.get(prefix + name, -1.0)) for name in coco.METRICS]
+        print(f"{kind:8}" + "".join(f"{value:>8}" for value in row))
+    print(f"\nin {args.out}: " + "  ".join(sorted(path.name for path in args.out.iterdir())))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    args.rank, args.world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    try:
+        args.device = choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+        cuda = args.device.type == "cuda"
+        args.amp = args.amp or ("bf16" if cuda else "off")
+        if args.workers is None:
+            args.workers = (
+                min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if cuda else 0
+            )
+        if args.world > 1:
+            dist.init_process_group("nccl" if cuda else "gloo")
+        run(args)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
