@@ -16,10 +16,11 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import torch
 from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
-from torchvision.io import ImageReadMode, decode_image, write_jpeg, write_png
 from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
@@ -51,17 +52,22 @@ def read_image(path, size=None):
     A camera's rotation tag is followed unless only the unrotated image has that size.
     """
     try:
-        for follow_exif in (True, False):
-            image = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=follow_exif)
-            if size is None or image.shape[-2:] == tuple(size):
-                return image if image.dtype == torch.uint8 else (image >> 8).to(torch.uint8)
-    except RuntimeError as error:
-        reason = "no such file" if not Path(path).exists() else str(error).splitlines()[0]
-        raise DataError(f"{path}: cannot read the image ({reason}); replace or remove it") from None
-    raise DataError(
-        f"{path}: is {image.shape[2]}x{image.shape[1]} pixels, its annotations say "
-        f"{size[1]}x{size[0]}; correct width and height in the json or replace the image"
-    )
+        with PIL.Image.open(path) as file:
+            image = PIL.ImageOps.exif_transpose(file)
+            if size and image.size != (size[1], size[0]):
+                image = file
+            if image.mode.startswith("I"):  # 16 bits
+                image = PIL.Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            pixels = np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        reason = "no such file" if not Path(path).exists() else error
+        raise DataError(f"{path}: cannot read image ({reason}); replace or remove it") from None
+    if size and pixels.shape[:2] != tuple(size):
+        raise DataError(
+            f"{path}: {pixels.shape[1]}x{pixels.shape[0]} pixels, but the annotations say "
+            f"{size[1]}x{size[0]}; correct width and height in the json or replace the image"
+        )
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 class CocoDataset(Dataset):
@@ -384,7 +390,7 @@ def save_pictures(path, rows):
         for j, picture in enumerate(row):
             _, h, w = picture.shape
             canvas[:, i * height : i * height + h, j * width : j * width + w] = picture
-    write_png(canvas, str(path))
+    PIL.Image.fromarray(canvas.permute(1, 2, 0).numpy()).save(path)
 
 
 # --- 6. Shapes ------------------------------------------------------------------------------------
@@ -403,7 +409,7 @@ SHAPES_SIZES = [(128, 128), (112, 160), (160, 112), (96, 160), (160, 96)]  # (H,
 def make_shapes(root, num_train=4000, num_val=500, seed=0):
     """Write the generated data set into folder root unless it is there: the same files for the same seed.
 
-    1-8 turned shapes of 9 to 56 pixels' radius, any colour, that hide at most half of each other, on textured
+    1-8 turned shapes of 10 to 56 pixels' radius, any colour, that hide at most half of each other, on textured
     backgrounds. The folder appears only when complete.
     """
     root = Path(root)
@@ -431,9 +437,7 @@ def write_shapes(root, split, count, seed):
     for i in range(1, count + 1):
         pixels, objects = draw_shapes(np.random.default_rng([seed, split == "val", i]))
         name = f"{i:012}.jpg"
-        write_jpeg(
-            torch.from_numpy(pixels.transpose(2, 0, 1).copy()), str(folder / name), quality=95
-        )
+        PIL.Image.fromarray(pixels).save(folder / name, quality=95)
         images.append(dict(id=i, file_name=name, height=pixels.shape[0], width=pixels.shape[1]))
         for label, mask in objects:
             rle = mask_api.encode(np.asfortranarray(mask, dtype=np.uint8))
@@ -460,37 +464,38 @@ def draw_shapes(random):
     objects, whole = [], []
     for _ in range(min(8, random.geometric(0.3))):
         label = int(random.integers(len(SHAPES)))
-        radius = np.exp(random.uniform(np.log(9), np.log(56)))
-        radius = min(radius, 0.48 * min(H, W))
+        radius = min(np.exp(random.uniform(np.log(10), np.log(56))), 0.48 * min(H, W))
         cy, cx = random.uniform(0.8 * radius, [H - 0.8 * radius, W - 0.8 * radius])
+        mask = np.zeros((H, W), dtype=bool)
+        top, left = max(0, int(cy - radius)), max(0, int(cx - radius))
+        window = np.s_[top : int(cy + radius) + 2, left : int(cx + radius) + 2]
+        y, x = np.indices(mask[window].shape, dtype=np.float32)
+        y, x = (y + top - cy) / radius, (x + left - cx) / radius
         angle = random.uniform(0, 2 * np.pi)
-        y, x = np.ogrid[:H, :W]
-        u = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / radius
-        v = ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / radius
-        mask = list(SHAPES.values())[label](u, v)
+        u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+        mask[window] = inside = list(SHAPES.values())[label](u, v)
         visible = [(old_label, old & ~mask) for old_label, old in objects]
         if any(new.sum() < 0.5 * area for (_, new), area in zip(visible, whole, strict=True)):
             continue  # would hide too much of an earlier object
+        behind = pixels[mask].mean(axis=0)
         color = random.uniform(0, 255, 3)
-        while (
-            abs(color - pixels[mask].mean(axis=0)).max() < 70
-        ):  # can be told from what is behind it
+        while abs(color - behind).max() < 70:  # can be told from what is behind it
             color = random.uniform(0, 255, 3)
-        pixels[mask] = color * (1 + 0.15 * u[mask] * random.choice([-1, 1]))[:, None]
+        pixels[mask] = color * (1 + random.choice([-0.15, 0.15]) * u[inside])[:, None]
         objects, whole = [*visible, (label, mask)], [*whole, mask.sum()]
-    pixels += random.normal(0, 6, pixels.shape)
+    pixels += 6 * random.standard_normal(pixels.shape, dtype=np.float32)
     return pixels.clip(0, 255).astype(np.uint8), objects
 
 
 def background(random, H, W):
-    """Colour gradient, stripes or blotches (H, W, 3), float in 0..255."""
-    y, x = np.mgrid[:H, :W] / max(H, W)
+    """Colour gradient, stripes or waves (H, W, 3), float32 in about 0..255."""
+    y, x = np.indices((H, W), dtype=np.float32) / max(H, W)
     angle, frequency = random.uniform(0, 2 * np.pi), random.uniform(3, 15)
     along = x * np.cos(angle) + y * np.sin(angle)
-    pattern = [
-        along,
-        np.sin(2 * np.pi * frequency * along) / 2,
-        np.sin(frequency * x + 3 * np.sin(frequency * y)) / 2,
-    ][random.integers(3)]
+    kind = random.integers(3)
+    if kind == 1:
+        along = np.sin(2 * np.pi * frequency * along) / 2
+    elif kind == 2:
+        along = np.sin(frequency * x + 3 * np.sin(frequency * y)) / 2
     first, second = random.uniform(20, 235, 3), random.uniform(-60, 60, 3)
-    return first + pattern[:, :, None] * second
+    return (first + along[:, :, None] * second).astype(np.float32)

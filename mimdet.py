@@ -104,18 +104,18 @@ PAPER = dict(
 )
 RECIPES = {
     "nano": dict(
-        lr=1e-3,
-        batch_size=16,
+        lr=8e-4,
+        batch_size=8,
         lr_spread=1.0,
         weight_decay=0.05,
         clip=1.0,
-        epochs=4,
+        epochs=2,
         warmup=50,
         schedule="cosine",
         sizes=(),  # images keep their own size ...
         max_size=320,  # ... up to this long side
         crop=(),
-        jitter=0.2,  # random scale within 1 -+ this
+        jitter=0.1,  # random scale within 1 -+ this
     ),
     "paper": PAPER,
     "large": PAPER | dict(lr_spread=3.5),

@@ -68,7 +68,11 @@ def parse_args(argv):
         "--workers", type=int, help="loader processes; 0 on a CPU, up to 8 on a GPU by default"
     )
     p.add_argument("--device", help="cuda, mps or cpu; the first there is by default")
-    p.add_argument("--amp", choices=["off", "bf16"], help="bf16 on cuda, off elsewhere by default")
+    p.add_argument(
+        "--amp",
+        choices=["off", "bf16"],
+        help="bf16 by default where it is faster, not in --eval-only",
+    )
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
@@ -146,6 +150,14 @@ def choose_device(name, local_rank):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device
+
+
+def bf16_pays(args):
+    """bfloat16 is faster on GPUs and on CPUs with instructions for it; --eval-only answers in full precision."""
+    if args.device.type == "cpu":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        return capabilities.get("avx512_bf16", False) and not args.eval_only
+    return args.device.type == "cuda" and not args.eval_only
 
 
 # --- 2. Weights -----------------------------------------------------------------------------------
@@ -445,7 +457,7 @@ class Log:
     def step(self, done, per_epoch, losses, optimizer, every):
         if self.args.rank or (done % every and done != self.args.steps):
             return
-        values = {name: round(float(loss), 4) for name, loss in losses.items()}
+        values = {name: round(loss.item(), 4) for name, loss in losses.items()}
         now = time.time()
         speed = (
             (done - self.shown)
@@ -612,7 +624,8 @@ def run(args):
             say(args, "no masks in the annotations: boxes alone")
     classes = classes or [{"id": i, "name": f"class {i}"} for i in range(80)]
     torch.manual_seed(args.seed)
-    net = module.build(module.Config(**config), len(classes)).to(args.device)
+    net = module.build(module.Config(**config), len(classes))
+    net = net.to(args.device, memory_format=torch.channels_last)
     if args.device.type == "cuda" and args.world > 1:
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     if path:
@@ -669,7 +682,7 @@ def main(argv=None):
     try:
         args.device = choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
         cuda = args.device.type == "cuda"
-        args.amp = args.amp or ("bf16" if cuda else "off")
+        args.amp = args.amp or ("bf16" if bf16_pays(args) else "off")
         if args.workers is None:
             args.workers = (
                 min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if cuda else 0

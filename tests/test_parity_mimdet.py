@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from golden import assert_close, checkpoint, filled, image, load
+from golden import assert_close, checkpoint, image, load
 
 import mimdet
 

@@ -1,0 +1,444 @@
+"""What a class runs: do the models do what their files say? `pytest test_models.py`, CPU, no data, no network."""
+
+import ast
+import math
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.ops import box_iou
+
+import mimdet
+
+ROOT = Path(__file__).parent
+FILES = [ROOT / f"{name}.py" for name in ("simmim", "mimdet", "yolos", "pvt")]
+FILES = [file for file in FILES if file.exists()]
+TINY = replace(
+    mimdet.CONFIGS["nano"],
+    embed_dim=64,
+    depth=2,
+    num_heads=2,
+    decoder_dim=64,
+    fpn_dim=16,
+    proposals=20,
+    roi_batch=16,
+)
+
+
+def example(*sizes, objects=2, num_classes=3):
+    """Random images of these sizes, each with some square objects."""
+    images = [torch.rand(3, *size) for size in sizes]
+    targets = []
+    for i, (h, w) in enumerate(sizes):
+        start = torch.rand(objects, 2) * torch.tensor([w, h]) * 0.6
+        boxes = torch.cat([start, start + min(h, w) * 0.35], dim=1)
+        masks = torch.zeros(objects, h, w, dtype=torch.bool)
+        for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[y0:y1, x0:x1] = True
+        labels = torch.randint(num_classes, (objects,))
+        targets.append(dict(boxes=boxes, labels=labels, masks=masks, image_id=i))
+    return images, targets
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return mimdet.build(TINY, num_classes=3)
+
+
+@pytest.fixture
+def calibrated(model):
+    """Model in evaluation mode whose BatchNorms have seen data, so that it finds something."""
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(*example((64, 96), (96, 64)))
+        model.box_head.cls_score.weight.mul_(100)
+    return model.eval()
+
+
+# --- Oracles --------------------------------------------------------------------------------------
+
+
+def test_attention_is_softmax_of_qk_times_v():
+    attention, x = mimdet.Attention(8, num_heads=2), torch.randn(3, 5, 8)
+    q, k, v = attention.qkv(x).reshape(3, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    written_out = (q @ k.transpose(-2, -1) / math.sqrt(4)).softmax(dim=-1) @ v
+    expected = attention.proj(written_out.transpose(1, 2).reshape(3, 5, 8))
+    torch.testing.assert_close(attention(x), expected)
+    mask = torch.tensor([[True, True, True, False, False]])
+    torch.testing.assert_close(attention(x, mask)[:, :3], attention(x[:, :3]))
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    drop, x = mimdet.DropPath(0.25).train(), torch.ones(10000, 2)
+    y = drop(x)
+    assert y.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert (y[:, 0] == y[:, 1]).all() and abs(y.mean() - 1) < 0.05
+    assert drop.eval()(x) is x
+
+
+def test_boxes_survive_encoding_and_decoding():
+    anchors = torch.tensor([[0.0, 0, 10, 20], [5, 5, 50, 30]])
+    boxes = torch.tensor([[3.0, 2, 9, 40], [0, 0, 60, 60]])
+    for weights in ((1.0, 1.0, 1.0, 1.0), mimdet.BOX_WEIGHTS):
+        deltas = mimdet.encode_boxes(boxes, anchors, weights)
+        torch.testing.assert_close(mimdet.decode_boxes(deltas, anchors, weights), boxes)
+    grown = mimdet.decode_boxes(torch.tensor([[0.0, 0, 99, 99]]), anchors[:1])
+    assert (grown[0, 2] - grown[0, 0]).item() == pytest.approx(10 * 1000 / 16)
+
+
+def test_matching_equals_brute_force():
+    torch.manual_seed(1)
+    corner = torch.rand(40, 2) * 50
+    boxes = torch.cat([corner, corner + 5 + torch.rand(40, 2) * 40], dim=1)
+    targets, boxes = boxes[:4], boxes[4:]
+    matched, label = mimdet.match(boxes, targets, 0.3, 0.7, rescue=True)
+    iou = box_iou(boxes, targets)
+    rescued = {max(range(len(boxes)), key=lambda i: iou[i, t].item()) for t in range(4)}
+    for i in range(len(boxes)):
+        best = iou[i].max().item()
+        assert iou[i, matched[i]] == best
+        expected = 1 if i in rescued or best >= 0.7 else -1 if best >= 0.3 else 0
+        assert label[i] == expected
+    assert mimdet.match(boxes, torch.zeros(0, 4), 0.3, 0.7)[1].tolist() == [0] * len(boxes)
+
+
+def test_subsampling_fills_up_with_background():
+    label = torch.tensor([1] * 10 + [0] * 50 + [-1] * 5)
+    objects, background = mimdet.subsample(label, 16, 0.25)
+    assert len(objects) == 4 and len(background) == 12
+    assert (label[objects] == 1).all() and (label[background] == 0).all()
+    assert len({*objects.tolist(), *background.tolist()}) == 16
+
+
+def test_pasted_masks_equal_grid_sample():
+    torch.manual_seed(0)
+    probs, boxes = (
+        torch.rand(3, 28, 28),
+        torch.tensor([[3.2, 4, 30, 25], [-5, 10, 20, 50], [0, 0, 40, 60]]),
+    )
+    pasted = mimdet.paste_masks(probs, boxes, (60, 40))
+    for p, (x0, y0, x1, y1), mask in zip(probs, boxes.tolist(), pasted, strict=True):
+        y = ((torch.arange(60) + 0.5 - y0) / (y1 - y0) * 2 - 1)[:, None].expand(60, 40)
+        x = ((torch.arange(40) + 0.5 - x0) / (x1 - x0) * 2 - 1).expand(60, 40)
+        grid = torch.stack([x, y], dim=-1)[None]
+        sampled = F.grid_sample(p[None, None], grid, align_corners=False)[0, 0]
+        sure = (sampled - 0.5).abs() > 1e-4
+        assert (mask == (sampled >= 0.5))[sure].all()
+
+
+def test_cropped_target_masks_are_what_lies_in_the_box():
+    mask = torch.zeros(2, 40, 40, dtype=torch.bool)
+    mask[1, 10:20, 10:30] = True
+    crop = mimdet.crop_masks(mask, torch.tensor([1, 0]), torch.tensor([[10.0, 10, 30, 30]] * 2))
+    assert crop[0, :14].all() and not crop[0, 14:].any() and not crop[1].any()
+
+
+def test_anchors_sit_on_multiples_of_the_stride_and_are_not_rounded():
+    maps = [torch.zeros(1, 1, -(-800 // s), -(-1344 // s)) for s in (4, 8, 16, 32, 64)]
+    anchors = mimdet.make_anchors(maps, scale=8)
+    assert [len(a) for a in anchors] == [3 * m.shape[2] * m.shape[3] for m in maps]
+    side = 32 * math.sqrt(2)
+    torch.testing.assert_close(
+        anchors[0][0], torch.tensor([-side / 2, -side / 4, side / 2, side / 4])
+    )
+    step = anchors[4][3 * 21] - anchors[4][0]  # one row further down on p6
+    assert step.tolist() == [0, 64, 0, 64]
+
+
+def test_levels_of_crops_follow_the_size_of_the_box():
+    maps = [
+        torch.full((1, 1, 256 // s, 256 // s), float(level))
+        for level, s in enumerate((4, 8, 16, 32), 2)
+    ]
+    boxes = torch.tensor([[0.0, 0, side, side] for side in (20, 111, 113, 223, 225, 250)])
+    levels = mimdet.pool_rois(maps, [boxes], 7, scale=8)[:, 0, 3, 3].round().tolist()
+    assert levels == [2, 2, 3, 3, 4, 4]
+
+
+# --- MIMDet ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variant", "parameters", "trainable"),
+    [("base", 127_954_768, 124_753_488), ("large", 349_332_080, 345_490_544)],
+)
+def test_parameters_are_as_many_as_published(variant, parameters, trainable):
+    with torch.device("meta"):
+        net = mimdet.build(variant, num_classes=80)
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == trainable
+    norms = [
+        m
+        for part in (net.encoder, net.decoder)
+        for m in part.modules()
+        if isinstance(m, torch.nn.LayerNorm)
+    ]
+    assert {m.eps for m in norms} == {1e-5}
+
+
+def test_learning_rate_groups_are_the_released_ones():
+    with torch.device("meta"):
+        groups = mimdet.param_groups(mimdet.build("base", 80), mimdet.RECIPES["paper"])
+    count = {}
+    for group in groups:
+        count[group["lr_scale"]] = count.get(group["lr_scale"], 0) + sum(
+            p.numel() for p in group["params"]
+        )
+        assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
+    assert count == {0.5: 85_056_000, 1.0: 4_079_712, 2.0: 35_617_776}
+
+
+def test_every_parameter_gets_a_finite_gradient(model):
+    losses = model.train()(*example((64, 96), (96, 64)))
+    assert list(losses) == ["loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box", "loss_mask"]
+    sum(losses.values()).backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None and torch.isfinite(p.grad).all(), name
+        else:
+            assert name.endswith("pos_embed")
+
+
+@pytest.mark.parametrize("fill", ["conv", "mask"])
+@pytest.mark.parametrize("ratio", [0.25, 1.0])
+def test_both_fills_train_at_every_ratio(fill, ratio):
+    model = mimdet.build(replace(TINY, fill=fill, sample_ratio=ratio, checkpoint=True), 3).train()
+    sum(model(*example((64, 64))).values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_images_without_objects_have_losses(model):
+    images, targets = example((64, 64), (64, 64))
+    nothing = example((64, 64), (64, 64), objects=0)[1]
+    for mixed in (nothing, [targets[0], nothing[1]]):
+        losses = model.train()(images, mixed)
+        sum(losses.values()).backward()
+        assert all(torch.isfinite(loss) for loss in losses.values())
+    assert model(images, nothing)["loss_mask"] == 0
+
+
+def test_boxes_alone_train_without_a_mask_head():
+    model = mimdet.build(replace(TINY, masks=False), 3)
+    images, targets = example((64, 64))
+    del targets[0]["masks"]
+    assert "loss_mask" not in model.train()(images, targets)
+    assert "masks" not in model.eval()(images)[0]
+
+
+@pytest.mark.parametrize("size", [(64, 96), (96, 64), (33, 47), (112, 112), (1, 70)])
+@torch.no_grad()
+def test_any_size_gives_sorted_detections_inside_the_image(calibrated, size):
+    found = calibrated(example(size)[0])[0]
+    D = len(found["scores"])
+    assert found["boxes"].shape == (D, 4) and found["labels"].shape == (D,)
+    assert found["masks"].shape == (D, *size) and found["masks"].dtype == torch.bool
+    assert (found["scores"].diff() <= 0).all() and (found["labels"] < 3).all()
+    assert (found["boxes"] >= 0).all() and (found["boxes"][:, 2] <= size[1]).all()
+    assert (found["boxes"][:, 3] <= size[0]).all()
+
+
+def same(a, b):
+    for key in a:
+        torch.testing.assert_close(a[key].float(), b[key].float(), rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
+def test_company_does_not_change_a_prediction(calibrated):
+    images, _ = example((64, 96), (128, 64), (60, 90))
+    together = calibrated(images)
+    assert sum(len(found["boxes"]) for found in together) > 0
+    for image, found in zip(images, together, strict=True):
+        same(calibrated([image])[0], found)
+        same(calibrated([image])[0], calibrated([image])[0])
+
+
+@torch.no_grad()
+def test_sizes_scale_the_answer(calibrated):
+    image = example((64, 96))[0]
+    small, large = calibrated(image)[0], calibrated(image, sizes=[(128, 192)])[0]
+    torch.testing.assert_close(small["boxes"] * 2, large["boxes"])
+    assert large["masks"].shape[1:] == (128, 192)
+
+
+def test_sampling_keeps_the_share_and_never_padding_while_there_are_real_tokens():
+    sizes, grid = [(64, 96), (33, 50)], (4, 6)  # the second image has 3 x 4 real tokens
+    ids = mimdet.sample_tokens(torch.rand(2, 24), sizes, grid, 0.5)
+    assert ids.shape == (2, 12)
+    assert all(i // 6 < 3 and i % 6 < 4 for i in ids[1].tolist())
+    assert len(mimdet.sample_tokens(torch.rand(2, 24), sizes, grid, 0.75)[1].unique()) == 18
+
+
+@torch.no_grad()
+def test_full_ratio_equals_no_shuffling_and_dropped_places_are_filled_from_the_stem(model):
+    x, sizes = mimdet.pad_batch(example((64, 96))[0], 32)
+    plain = model.eval().backbone(x, sizes, 1.0)
+    model.encoder.train()  # shuffles, with every token kept
+    for a, b in zip(plain, model.backbone(x, sizes, 1.0), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    seen = []
+    model.decoder.decoder_blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    tokens, ids, (_, _, stem) = model.encoder(x, sizes, 0.5)
+    model.decoder(tokens, ids, stem)
+    x = seen[0] - mimdet.pos_embed_for(model.decoder.decoder_pos_embed, stem.shape[-2:])
+    dropped = [i for i in range(24) if i not in ids[0].tolist()]
+    fill = model.decoder.conv_feat_proj(stem.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(x[0, dropped], fill[0, dropped], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        x[0, ids[0]], model.decoder.decoder_embed(tokens)[0], rtol=1e-4, atol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_portrait_and_landscape_have_different_position_tables(model):
+    landscape = mimdet.pos_embed_for(model.encoder.pos_embed, (4, 6))
+    portrait = mimdet.pos_embed_for(model.encoder.pos_embed, (6, 4))
+    swapped = portrait.unflatten(1, (6, 4)).transpose(1, 2).flatten(1, 2)
+    half = landscape.shape[2] // 2  # the halves for x and y change places
+    torch.testing.assert_close(
+        landscape, torch.cat([swapped[..., half:], swapped[..., :half]], dim=2)
+    )
+    assert not torch.equal(landscape, portrait)
+
+
+def test_overfits_one_batch(model):
+    """40 steps bring the loss below 0.6 of where it began."""
+    torch.manual_seed(0)
+    images, targets = example((64, 64), (64, 96), objects=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    totals = []
+    for _ in range(40):
+        loss = sum(model.train()(images, targets).values())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        totals.append(loss.item())
+    assert sum(totals[-5:]) / 5 < 0.6 * totals[0], totals
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+def mae_file(c):
+    """State dict as MAE releases it, for a ViT of this config with 8 decoder blocks."""
+    tables = mimdet.build(replace(c, grid=14, decoder_depth=8, fill="mask"), 3)
+    state = {
+        k.partition(".")[2]: v
+        for k, v in tables.state_dict().items()
+        if k.startswith(("enc", "dec"))
+    }
+    state = {k: v for k, v in state.items() if not k.startswith("patch_embed")}
+    state["cls_token"] = torch.zeros(1, 1, c.embed_dim)
+    state["patch_embed.proj.weight"] = torch.zeros(c.embed_dim, 3, 16, 16)
+    return state | {"decoder_pred.weight": torch.zeros(768, c.decoder_dim)}
+
+
+@pytest.mark.parametrize("fill", ["conv", "mask"])
+def test_mae_weights_arrive(fill):
+    config = replace(TINY, grid=10, fill=fill)
+    source = mae_file(config)
+    model = mimdet.build(config, 3)
+    state = mimdet.from_official({"model": source}, config)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    left = {
+        key
+        for key in missing
+        if key.startswith(("encoder.", "decoder.")) and "patch_embed" not in key
+    }
+    assert left == (
+        {"decoder.conv_feat_proj.weight", "decoder.conv_feat_proj.bias"}
+        if fill == "conv"
+        else set()
+    )
+    torch.testing.assert_close(
+        model.encoder.blocks[1].mlp.fc1.weight, source["blocks.1.mlp.fc1.weight"]
+    )
+    grid = source["pos_embed"][0, 1:].T.reshape(1, -1, 14, 14)
+    resized = F.interpolate(grid, size=(10, 10), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(model.encoder.pos_embed[0, 1:], resized[0].flatten(1).T)
+
+
+# --- The files as texts ---------------------------------------------------------------------------
+
+
+def top_level(file):
+    text = file.read_text()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name, ast.get_source_segment(text, node)
+
+
+def test_one_name_one_text():
+    texts = {}
+    for file in FILES:
+        for name, text in top_level(file):
+            if name not in ("Config", "build", "from_official", "param_groups"):
+                assert texts.setdefault(name, text) == text, f"{name} in {file.name} differs"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_sections_stand_in_order(file):
+    banners = re.findall(r"^# --- (\d\. [\w ]+) -+$", file.read_text(), re.M)
+    assert banners == [
+        "1. Config",
+        "2. Shared blocks",
+        "3. This paper",
+        "4. Boxes",
+        "5. Heads and losses",
+        "6. Model",
+        "7. Try it",
+    ]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_files_import_no_other_file_of_the_project(file):
+    allowed = {"math", "re", "dataclasses", "torch", "torchvision", "scipy", "numpy"}
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert {name.partition(".")[0] for name in names} <= allowed
+
+
+def test_shape_comments_are_true(model):
+    """Runs training and prediction and compares every `x = ...  # (B, N, C)` with the number of dimensions."""
+    comments = {}
+    for number, line in enumerate((ROOT / "mimdet.py").read_text().splitlines(), start=1):
+        found = re.match(r"\s+(\w+)(?:, .*?)? = .*  # \(([^()]*(?:\([^()]*\)[^()]*)*)\)$", line)
+        if found:
+            comments[number] = (found[1], found[2].rstrip(",").count(",") + 1)
+    checked, wrong = set(), []
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename != mimdet.__file__:
+            return None
+        last = [None]
+
+        def local(frame, event, _):
+            if last[0] in comments and event in ("line", "return"):
+                name, rank = comments[last[0]]
+                value = frame.f_locals.get(name)
+                if isinstance(value, torch.Tensor):
+                    checked.add(last[0])
+                    if value.ndim != rank:
+                        wrong.append(f"line {last[0]}: {name} is {tuple(value.shape)}")
+            last[0] = frame.f_lineno
+            return local
+
+        return local
+
+    sys.settrace(trace)
+    try:
+        model.train()(*example((64, 96)))
+        with torch.no_grad():
+            model.eval()(example((64, 96))[0])
+    finally:
+        sys.settrace(None)
+    assert not wrong, wrong
+    assert len(checked) >= 0.6 * len(comments), (
+        f"only lines {sorted(checked)} of {sorted(comments)} were reached"
+    )

@@ -1,0 +1,332 @@
+"""Reading, transforming, batching, evaluating and generating COCO-format data."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import coco
+from coco import DataError
+
+PLAIN = dict(sizes=(), max_size=1000, crop=(), jitter=0.0)
+GREY = torch.full((3, 40, 60), 128, dtype=torch.uint8)
+SQUARE = [10, 10, 30, 10, 30, 30, 10, 30]
+
+
+def annotation(i, bbox, category_id=7, image_id=0, **more):
+    return dict(id=i, image_id=image_id, category_id=category_id, bbox=bbox) | more
+
+
+# --- Read -----------------------------------------------------------------------------------------
+
+
+def test_labels_are_contiguous_boxes_clipped_and_bad_ones_counted(write_coco):
+    root = write_coco(
+        [
+            annotation(0, [10, 10, 20, 20], 7),
+            annotation(1, [50, 30, 20, 20], 3),
+            annotation(2, [5, 5, 0, 10]),
+            annotation(3, [70, 5, 5, 5]),
+            annotation(
+                4, [0, 0, 40, 40], iscrowd=1, segmentation={"counts": [0, 2400], "size": [40, 60]}
+            ),
+        ],
+        {"a.png": GREY},
+    )
+    dataset = coco.CocoDataset(root, "train")
+    image, target = dataset[0]
+    assert image.shape == (3, 40, 60) and image.max() == 128 / 255
+    assert target["labels"].tolist() == [0, 1]
+    assert target["boxes"].tolist() == [[10, 10, 30, 30], [50, 30, 60, 40]]
+    assert not dataset.has_masks and "masks" not in target
+    assert dataset.notes == [
+        "1 images, 2 objects, 2 classes",
+        "1 crowd regions count in evaluation only",
+        "2 boxes without area inside their image dropped",
+    ]
+
+
+def test_polygons_and_run_lengths_give_the_same_mask(write_coco):
+    counts = [10 * 40 + 10] + [20, 20] * 19 + [20, 40 * 60 - (29 * 40 + 30)]
+    root = write_coco(
+        [
+            annotation(0, [10, 10, 20, 20], segmentation=[SQUARE]),
+            annotation(1, [10, 10, 20, 20], segmentation={"counts": counts, "size": [40, 60]}),
+        ],
+        {"a.png": GREY},
+    )
+    masks = coco.CocoDataset(root, "train")[0][1]["masks"]
+    expected = torch.zeros(40, 60, dtype=torch.bool)
+    expected[10:30, 10:30] = True
+    assert (masks == expected).all() and masks.dtype == torch.bool
+
+
+def test_some_missing_segmentations_turn_masks_off_aloud(write_coco):
+    root = write_coco(
+        [
+            annotation(0, [10, 10, 20, 20], segmentation=[SQUARE]),
+            annotation(1, [0, 0, 5, 5], segmentation=[]),
+        ],
+        {"a.png": GREY},
+    )
+    dataset = coco.CocoDataset(root, "train")
+    assert (
+        not dataset.has_masks
+        and "1 objects have no segmentation: masks are not used" in dataset.notes
+    )
+
+
+def test_an_image_without_objects_has_empty_targets(write_coco):
+    root = write_coco(
+        [annotation(0, [10, 10, 20, 20], segmentation=[SQUARE])], {"a.png": GREY, "b.png": GREY}
+    )
+    target = coco.CocoDataset(root, "train", coco.Transform(PLAIN, True))[1][1]
+    assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
+    assert target["masks"].shape == (0, 40, 60) and target["image_id"] == 1
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda root: shutil.rmtree(root / "train"), "no train split; expected"),
+        (
+            lambda root: (root / "train/_annotations.coco.json").write_text("{"),
+            "not a COCO annotation file",
+        ),
+        (
+            lambda root: (root / "train/_annotations.coco.json").write_text("[]"),
+            "not a COCO annotation file",
+        ),
+        (lambda root: (root / "train/a.png").unlink(), "no such file"),
+        (lambda root: (root / "train/a.png").write_bytes(b"no image"), "cannot read image"),
+        (lambda root: shutil.copy(root / "wide.png", root / "train/a.png"), "60x40"),
+    ],
+)
+def test_what_is_wrong_with_the_data_is_said(write_coco, break_it, message):
+    root = write_coco([], {"a.png": GREY})
+    PIL.Image.new("RGB", (80, 40)).save(root / "wide.png")
+    break_it(root)
+    with pytest.raises(DataError, match=message):
+        coco.CocoDataset(root, "train")[0]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "CMYK"])
+def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    PIL.Image.new("RGB", (60, 40), (200, 200, 200)).convert(mode).save(path)
+    image = coco.read_image(path, (40, 60))
+    assert image.shape == (3, 40, 60) and image.dtype == torch.uint8
+    if mode != "1":
+        assert (image.float() - 200).abs().max() < 5
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    PIL.Image.fromarray(np.full((40, 60), 200 * 256, dtype=np.uint16)).save(tmp_path / "a.png")
+    assert (coco.read_image(tmp_path / "a.png", (40, 60)) == 200).all()
+
+
+def test_rotation_tag_is_followed_when_the_annotations_agree(tmp_path):
+    image, exif = PIL.Image.new("RGB", (60, 40)), PIL.Image.Exif()
+    exif[274] = 6  # shown turned by 90 degrees
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert coco.read_image(tmp_path / "a.jpg").shape == (3, 60, 40)
+    assert coco.read_image(tmp_path / "a.jpg", (60, 40)).shape == (3, 60, 40)
+    assert coco.read_image(tmp_path / "a.jpg", (40, 60)).shape == (3, 40, 60)
+
+
+# --- Transform and batch --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        PLAIN | dict(jitter=0.3),
+        dict(sizes=(48, 80), max_size=100, crop=(), jitter=0.0),
+        dict(sizes=(300,), max_size=400, crop=(384, 600), jitter=0.0),
+    ],
+)
+def test_boxes_and_masks_follow_the_image(shapes, recipe):
+    dataset = coco.CocoDataset(shapes, "train", coco.Transform(recipe, train=True))
+    for i in range(12):
+        image, target = dataset[i, i]
+        H, W = image.shape[1:]
+        assert max(H, W) <= recipe["max_size"] * 1.3 + 1 and target["masks"].shape[1:] == (H, W)
+        assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"])
+        for mask, box in zip(target["masks"], target["boxes"].tolist(), strict=True):
+            rows, columns = mask.nonzero().unbind(1)
+            tight = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            if not recipe["crop"]:  # a crop may cut off the part of a shape that gave it its box
+                assert box == pytest.approx([float(x) for x in tight], abs=4)
+            assert box[0] <= tight[0] + 4 and box[2] >= tight[2] - 4
+
+
+def test_flip_moves_boxes_with_the_image(write_coco):
+    image = torch.zeros_like(GREY)
+    image[:, 10:30, 5:15] = 255
+    root = write_coco([annotation(0, [5, 10, 10, 20])], {"a.png": image})
+    dataset = coco.CocoDataset(root, "train", coco.Transform(PLAIN, True))
+    starts = set()
+    for seed in range(8):
+        image, target = dataset[0, seed]
+        x0, y0, x1, y1 = target["boxes"][0].int().tolist()
+        assert image[:, y0:y1, x0:x1].min() == 1 and image.sum() == 3 * 200
+        starts.add(x0)
+    assert starts == {5, 45}
+
+
+def test_sizes_are_detectron2s():
+    assert coco.resized(427, 640, 800, 1333) == (800, 1199)
+    assert coco.resized(480, 640, 800, 1333) == (800, 1067)
+    assert coco.resized(333, 1000, 800, 1333) == (444, 1333)
+
+
+def batches(dataset, start=0, stop=12, **kwargs):
+    return list(coco.Batches(dataset, 4, start, stop, **kwargs))
+
+
+def test_batches_go_on_where_they_stopped_and_cover_each_epoch(shapes):
+    dataset = coco.CocoDataset(shapes, "train")
+    whole = batches(dataset)
+    assert whole == batches(dataset, 0, 5) + batches(dataset, 5, 12)
+    assert sorted(i for batch in whole[:6] for i, _ in batch) == list(range(24))
+    assert whole[:6] != whole[6:] and whole != batches(dataset, seed=1)
+    assert len({seed for batch in whole for _, seed in batch}) == 48
+
+
+def test_processes_share_the_global_batch(shapes):
+    dataset = coco.CocoDataset(shapes, "train")
+    shares = [coco.Batches(dataset, 2, 0, 6, rank=rank, world=2) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*shares, strict=True)] == batches(dataset, 0, 6)
+
+
+def test_batches_hold_similar_aspect_ratios(shapes):
+    dataset = coco.CocoDataset(shapes, "train")
+    aspect = [image["width"] / image["height"] for image in dataset.images]
+    spread = [
+        max(aspect[i] for i, _ in b) / min(aspect[i] for i, _ in b) for b in batches(dataset, 0, 6)
+    ]
+    assert sum(s < 1.2 for s in spread) >= 2 and sum(spread) / 6 < 1.6
+
+
+def test_fewer_images_than_a_batch_are_repeated(write_coco):
+    root = write_coco([annotation(0, [5, 10, 10, 20])], {"a.png": GREY})
+    assert [i for i, _ in batches(coco.CocoDataset(root, "train"), 0, 1)[0]] == [0] * 4
+
+
+def test_loader_parts_can_be_sent_to_other_processes(shapes):
+    dataset = coco.CocoDataset(shapes, "train", coco.Transform(PLAIN, True))
+    again = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(again[3, 5][0], dataset[3, 5][0])
+    assert pickle.loads(pickle.dumps(coco.collate)) is coco.collate
+
+
+# --- Evaluate -------------------------------------------------------------------------------------
+
+
+def truth_as_results(dataset):
+    results = []
+    for i in range(len(dataset)):
+        _, target = dataset[i]
+        output = target | {"scores": torch.ones(len(target["labels"]))}
+        results += coco.to_results(dataset, target, output)
+    return results
+
+
+def test_the_truth_scores_one_and_nothing_scores_zero(shapes, capsys):
+    dataset = coco.CocoDataset(shapes, "val")
+    perfect = coco.evaluate(dataset, truth_as_results(dataset))
+    assert [perfect[m] for m in ("AP", "mask_AP", "AP50")] == pytest.approx([1, 1, 1])
+    nothing = coco.evaluate(dataset, [])
+    assert nothing["AP"] == nothing["mask_AP"] == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_evaluation_needs_no_info_area_or_iscrowd_and_ids_may_start_at_zero(write_coco):
+    root = write_coco(
+        [annotation(0, [5, 10, 10, 20]), annotation(1, [30, 5, 20, 20], 3)], {"a.png": GREY}
+    )
+    dataset = coco.CocoDataset(root, "train")
+    results = truth_as_results(dataset)
+    assert [r["category_id"] for r in results] == [7, 3]
+    metrics = coco.evaluate(dataset, results)
+    assert metrics["AP"] == pytest.approx(1) and metrics["APl"] == -1 and "mask_AP" not in metrics
+    half = coco.evaluate(dataset, results[:1])
+    assert half["AP"] == pytest.approx(0.5)
+
+
+def test_limit_evaluates_on_those_images_only(shapes):
+    dataset = coco.CocoDataset(shapes, "val", limit=2)
+    assert len(dataset) == 2 and coco.evaluate(dataset, truth_as_results(dataset))["AP"] > 0.999
+
+
+def test_classes_of_training_fix_the_labels_of_evaluation(write_coco):
+    write_coco([annotation(0, [5, 10, 10, 20])], {"a.png": GREY})
+    root = write_coco(
+        [annotation(0, [5, 10, 10, 20])], {"a.png": GREY}, [(3, "dog"), (7, "cat")], "valid"
+    )
+    train = coco.CocoDataset(root, "train")
+    assert coco.CocoDataset(root, "val", classes=train.classes)[0][1]["labels"].tolist() == [0]
+
+
+# --- Draw and shapes ------------------------------------------------------------------------------
+
+
+def test_pictures_show_what_is_sure(tmp_path):
+    found = dict(
+        boxes=torch.tensor([[5.0, 5, 30, 30]] * 2),
+        labels=torch.tensor([0, 1]),
+        scores=torch.tensor([0.9, 0.3]),
+    )
+    picture = coco.draw(torch.zeros(3, 40, 60), found, [dict(name="cat"), dict(name="dog")])
+    assert picture.shape == (3, 200, 300) and picture.dtype == torch.uint8
+    red, green = (picture[i].eq(255).sum() for i in (0, 1))
+    assert red > 0 and green == 0, "the sure one is red, the other not drawn"
+    coco.save_pictures(tmp_path / "a.png", [[picture, picture[:, :50]], [picture]])
+    assert coco.read_image(tmp_path / "a.png").shape == (3, 408, 608)
+
+
+def test_shapes_are_the_same_for_the_same_seed_and_complete_or_absent(tmp_path, monkeypatch):
+    a, b, c = (
+        coco.make_shapes(tmp_path / name, 6, 2, seed)
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    files = sorted(path.relative_to(a) for path in a.rglob("*.*"))
+    assert len(files) == 10 and all((a / f).read_bytes() == (b / f).read_bytes() for f in files)
+    assert (a / files[-1]).read_bytes() != (c / files[-1]).read_bytes()
+    monkeypatch.setattr(coco, "background", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        coco.make_shapes(tmp_path / "d", 6, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_shapes_are_what_they_promise(tmp_path):
+    root = coco.make_shapes(tmp_path / "shapes", 60, 20)
+    data = json.loads((root / "annotations/instances_train2017.json").read_text())
+    areas = [a["area"] for a in data["annotations"]]
+    per_image = [
+        sum(a["image_id"] == image["id"] for a in data["annotations"]) for image in data["images"]
+    ]
+    assert len(data["categories"]) >= 6 and 1 <= min(per_image) and max(per_image) <= 8
+    assert min(areas) < 32**2 < sorted(areas)[-20] < 96**2 < max(areas)
+    assert len({(image["height"], image["width"]) for image in data["images"]}) >= 4
+
+
+def test_real_coco_loads(real_coco):
+    for split in ("train", "val"):
+        dataset = coco.CocoDataset(real_coco, split, coco.Transform(PLAIN, True), limit=12)
+        assert dataset.has_masks and len(dataset.classes) == 80
+        for i in range(len(dataset)):
+            image, target = dataset[i, 0]
+            assert (
+                image.shape[1:] == target["masks"].shape[1:]
+                and 0 <= image.min() <= image.max() <= 1
+            )
+    plain = dataset.without_transform()
+    metrics = coco.evaluate(plain, truth_as_results(plain))
+    assert (
+        metrics["AP"] > 0.95 and metrics["mask_AP"] > 0.95
+    )  # clipped boxes differ by fractions of a pixel

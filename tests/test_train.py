@@ -1,0 +1,317 @@
+"""The training loop, run as a user runs it."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import coco
+import mimdet
+import train
+
+ROOT = Path(__file__).parent.parent
+TINY = "embed_dim=64 depth=1 num_heads=1 decoder_dim=32 decoder_depth=1 fpn_dim=16 proposals=20 roi_batch=16".split()
+
+
+def run(*args, tiny=True):
+    words = [str(a) for a in args] + (["--set", *TINY] if tiny and "--set" not in args else [])
+    return train.main(["--model", "mimdet", "--device", "cpu", "--batch-size", "4", *words])
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_evaluations():
+    train.EVALUATIONS = 2
+
+
+@pytest.fixture(scope="session")
+def finished(shapes, tmp_path_factory):
+    """A run of 2 epochs of 6 steps."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert run("--data", shapes, "--out", out, "--epochs", 2) == 0
+    return out
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {"log.jsonl", "result.json", "last.pt", "best.pt", "detections.json"} <= names
+    assert sum(name.startswith("epoch-") and name.endswith(".png") for name in names) == 2
+    assert not any(name.endswith(".partial") for name in names)
+    result = json.loads((finished / "result.json").read_text())
+    assert set(coco.METRICS) | {f"mask_{m}" for m in coco.METRICS} <= set(result)
+    assert (
+        result["images_seen"] == 48
+        and result["steps"] == 12
+        and result["config"]["embed_dim"] == 64
+    )
+    lines = log_of(finished)
+    assert (
+        sum("AP" in line for line in lines) == 2
+        and sum("loss_cls" in line for line in lines) == 12
+    )
+    checkpoint = torch.load(finished / "last.pt", weights_only=True)
+    assert checkpoint["step"] == 12 and len(checkpoint["classes"]) == 6
+
+
+def same_weights(a, b):
+    a, b = (torch.load(path / "last.pt", weights_only=True) for path in (a, b))
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, shapes, tmp_path, workers):
+    out = tmp_path / "run"
+    args = ("--data", shapes, "--out", out, "--epochs", 2, "--workers", workers)
+    assert run(*args, "--steps", 5) == 0
+    assert run(*args, "--resume") == 0
+    same_weights(finished, out)
+    losses = [{k: v for k, v in x.items() if "loss" in k} for x in log_of(finished) if "lr" in x]
+    assert losses == [{k: v for k, v in x.items() if "loss" in k} for x in log_of(out) if "lr" in x]
+
+
+def test_interrupt_saves_and_leaves(finished, shapes, tmp_path, monkeypatch):
+    out, steps = tmp_path / "run", []
+
+    def interrupt_in_step_3(*args):
+        steps.append(1)
+        if len(steps) == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    check = train.check_finite
+    monkeypatch.setattr(train, "check_finite", lambda *args: (interrupt_in_step_3(), check(*args)))
+    with pytest.raises(SystemExit) as leaving:
+        run("--data", shapes, "--out", out, "--epochs", 2)
+    assert leaving.value.code == 130
+    monkeypatch.undo()
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 4
+    assert run("--data", shapes, "--out", out, "--epochs", 2, "--resume") == 0
+    same_weights(finished, out)
+
+
+def test_accumulation_sees_the_same_number_of_images(shapes, tmp_path, capsys):
+    assert run("--data", shapes, "--out", tmp_path / "a", "--steps", 1, "--accumulate", 2) == 0
+    assert "1 steps of 8 images" in capsys.readouterr().out
+    assert json.loads((tmp_path / "a/result.json").read_text())["images_seen"] == 8
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    shapes, tmp_path, monkeypatch, capsys
+):
+    out, steps = tmp_path / "run", []
+    losses = mimdet.rpn_losses
+
+    def poisoned(*args):
+        steps.append(1)
+        return losses(*args) | (
+            {"loss_rpn_box": torch.tensor(torch.nan)} if len(steps) == 3 else {}
+        )
+
+    monkeypatch.setattr(mimdet, "rpn_losses", poisoned)
+    assert run("--data", shapes, "--out", out, "--steps", 4) == 2
+    message = capsys.readouterr().err
+    assert re.search(
+        r"error: step 2: loss_rpn_box is not finite on images \d+, \d+, \d+, \d+;", message
+    )
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 2
+
+
+def test_evaluation_alone_repeats_the_last_one(finished, shapes, capsys):
+    before = json.loads((finished / "result.json").read_text())
+    assert (
+        run(
+            "--data",
+            shapes,
+            "--out",
+            finished,
+            "--eval-only",
+            "--init",
+            finished / "last.pt",
+            tiny=False,
+        )
+        == 0
+    )
+    assert f"{before['AP']:.3f}" in capsys.readouterr().out
+
+
+def test_predict_draws_on_any_picture(finished, shapes, tmp_path, capsys):
+    picture = next((shapes / "val2017").iterdir())
+    assert run("--out", finished, "--predict", picture, picture, tiny=False) == 0
+    out = capsys.readouterr().out
+    assert out.count("objects with a score of 0.5 or more") == 2
+    assert (finished / f"predict-2-{picture.stem}.png").exists()
+
+
+def test_summary_prints_every_variant(capsys):
+    assert run("--summary", tiny=False) == 0
+    out = capsys.readouterr().out
+    assert "127,954,768" in out and "349,332,080" in out and "nano" in out
+    # 12 encoder blocks on 50 x 84 tokens alone: 2 x (12 N d^2 + 2 N^2 d)
+    base = float(
+        next(line for line in out.splitlines() if " base " in line).split()[-1].replace(",", "")
+    )
+    n, d = 50 * 84, 768
+    assert base > 12 * 2 * (12 * n * d**2 + 2 * n**2 * d) / 1e9
+
+
+def test_benchmark_prints_speed_and_memory(shapes, capsys):
+    assert run("--data", shapes, "--benchmark", "--steps", 2) == 0
+    assert len(re.findall(r"(forward|step) .* images/s .* ms  peak", capsys.readouterr().out)) == 2
+
+
+def test_init_says_what_became_of_every_tensor(finished, shapes, tmp_path, capsys):
+    args = ("--data", shapes, "--steps", 1)
+    assert run(*args, "--out", tmp_path / "a", "--init", finished / "best.pt") == 0
+    count, total = re.search(
+        r"(\d+) of (\d+) tensors loaded, 0 of them resized", capsys.readouterr().out
+    ).groups()
+    assert count == total
+    # a plain ViT, as MAE releases it
+    state = torch.load(finished / "best.pt", weights_only=True)["model"]
+    vit = {
+        k.removeprefix("encoder."): v
+        for k, v in state.items()
+        if k.startswith(("encoder.b", "encoder.n"))
+    }
+    vit["pos_embed"] = mimdet.sincos_pos_embed(64, 7)
+    vit["cls_token"] = torch.zeros(1, 1, 64)
+    torch.save({"model": vit}, tmp_path / "vit.pth")
+    assert run(*args, "--out", tmp_path / "b", "--init", tmp_path / "vit.pth", "--eval-only") == 0
+    assert (
+        "15 of" in (out := capsys.readouterr().out)
+        and "1 of them resized" in out
+        and "missing: " in out
+    )
+
+
+def test_a_malicious_or_foreign_file_is_refused(finished, shapes, tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "owned",))
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"model": {"a": torch.zeros(3)}}, tmp_path / "foreign.pt")
+    messages = {
+        "evil.pt": "not a checkpoint of plain tensors",
+        "text.pt": "not a checkpoint of plain tensors",
+        "foreign.pt": "almost nothing fits mimdet nano",
+        "absent.pt": "no such file",
+    }
+    for name, message in messages.items():
+        assert run("--data", shapes, "--out", tmp_path / "x", "--init", tmp_path / name) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--set", "depht=3"], "--set depht=3: give FIELD=VALUE with a field of embed_dim"),
+        (["--set", "depth=many"], "depth is now 4, give a value like it"),
+        (["--set", "depth"], "give FIELD=VALUE"),
+        (["--set", "fill=foam"], 'fill must be "conv" or "mask", not "foam"'),
+        (["--variant", "huge"], "--variant huge: mimdet has nano, base, large"),
+        (["--data", "nowhere"], "nowhere: no train split"),
+        (["--resume"], "last.pt: no such file"),
+        (["--predict", "a.jpg"], "best.pt: no such file; train first or give weights with --init"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(args, message, shapes, tmp_path, capsys):
+    data = [] if "--data" in args or "--predict" in args else ["--data", shapes]
+    assert run(*args, *data, "--out", tmp_path / "run", tiny=False) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_finished_run_is_not_overwritten(finished, shapes, capsys):
+    assert run("--data", shapes, "--out", finished, "--steps", 1) == 2
+    assert "holds a run; give --resume" in capsys.readouterr().err
+
+
+def test_set_changes_config_and_recipe_by_type():
+    config, recipe = (
+        {"ratio": 0.5, "depth": 4, "on": True, "fill": "conv"},
+        {"sizes": (), "schedule": "cosine"},
+    )
+    words = ["ratio=1", "depth=6", "on=false", "fill=mask", "sizes=320,352", "schedule=0.5,0.9"]
+    train.override(words, config, recipe)
+    assert config == {"ratio": 1.0, "depth": 6, "on": False, "fill": "mask"}
+    assert recipe == {"sizes": (320, 352), "schedule": (0.5, 0.9)}
+
+
+def test_schedules():
+    paper, nano = mimdet.RECIPES["paper"], mimdet.RECIPES["nano"]
+    at = lambda step: train.lr_factor(step, 67500, paper)  # noqa: E731
+    assert at(0) == 1 / 469 and at(469) == at(50624) == 1
+    assert at(50625) == pytest.approx(0.1) and at(61880) == pytest.approx(0.01)
+    curve = [train.lr_factor(step, 1000, nano) for step in range(1000)]
+    assert max(curve) == 1 and curve[-1] < 1e-4 and curve[:50] == sorted(curve[:50])
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(shapes, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        ROOT / "train.py",
+    ]
+    command += [
+        "--model",
+        "mimdet",
+        "--device",
+        "cpu",
+        "--data",
+        shapes,
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        "2",
+    ]
+    done = subprocess.run([*command, "--set", *TINY], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 2/2") == 1 and (tmp_path / "run/result.json").exists()
+
+
+def test_real_coco_trains_and_evaluates(real_coco, tmp_path):
+    args = (
+        "--data",
+        real_coco,
+        "--out",
+        tmp_path / "run",
+        "--limit",
+        4,
+        "--steps",
+        2,
+        "--eval-on",
+        "train",
+    )
+    assert run(*args, "--set", *TINY, "max_size=128") == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert 0 <= result["AP"] <= 1 and 0 <= result["mask_AP"] <= 1
+
+
+def test_readme_commands_parse():
+    commands = re.findall(
+        r"^\$? ?(?:python|torchrun .*) ?train\.py (.*?)(?:#.*)?$",
+        (ROOT / "README.md").read_text(),
+        re.M,
+    )
+    assert len(commands) >= 6
+    for command in commands:
+        args = train.parse_args(command.split())
+        module = train.MODELS[args.model]
+        config = vars(module.CONFIGS[args.variant])
+        train.override(
+            args.set, dict(config), dict(module.RECIPES.get(args.variant, module.RECIPES["paper"]))
+        )
