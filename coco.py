@@ -403,13 +403,13 @@ SHAPES = {  # name -> is the point inside? u, v: coordinates turned with the sha
     "cross": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.28) & (np.maximum(abs(u), abs(v)) < 0.95),
     "ring": lambda u, v: abs(np.hypot(u, v) - 0.76) < 0.22,
 }
-SHAPES_SIZES = [(128, 128), (112, 160), (160, 112), (96, 160), (160, 96)]  # (H, W)
+SHAPES_SIZES = [(144, 144), (128, 160), (160, 128), (96, 160), (160, 96)]  # (H, W)
 
 
 def make_shapes(root, num_train=4000, num_val=500, seed=0):
     """Write the generated data set into folder root unless it is there: the same files for the same seed.
 
-    1-8 turned shapes of 10 to 56 pixels' radius, any colour, that hide at most half of each other, on textured
+    1-8 turned shapes of 10 to 72 pixels' radius, small ones more often, any colour, that hide at most half of each other, on textured
     backgrounds. The folder appears only when complete.
     """
     root = Path(root)
@@ -464,7 +464,7 @@ def draw_shapes(random):
     objects, whole = [], []
     for _ in range(min(8, random.geometric(0.3))):
         label = int(random.integers(len(SHAPES)))
-        radius = min(np.exp(random.uniform(np.log(10), np.log(56))), 0.48 * min(H, W))
+        radius = min(10 + 66 * random.uniform() ** 1.5, 0.5 * min(H, W))
         cy, cx = random.uniform(0.8 * radius, [H - 0.8 * radius, W - 0.8 * radius])
         mask = np.zeros((H, W), dtype=bool)
         top, left = max(0, int(cy - radius)), max(0, int(cx - radius))

@@ -624,7 +624,10 @@ def run(args):
             say(args, "no masks in the annotations: boxes alone")
     classes = classes or [{"id": i, "name": f"class {i}"} for i in range(80)]
     torch.manual_seed(args.seed)
-    net = module.build(module.Config(**config), len(classes))
+    try:
+        net = module.build(module.Config(**config), len(classes))
+    except ValueError as error:
+        raise DataError(f"--set: {error}") from None
     net = net.to(args.device, memory_format=torch.channels_last)
     if args.device.type == "cuda" and args.world > 1:
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
