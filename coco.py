@@ -1,4 +1,4 @@
-"""COCO-format data: read, transform, batch, evaluate, draw; and "shapes", a generated set in that format.
+"""COCO-format data: read, transform, batch, evaluate, draw; and generated shapes in that format.
 
 Flow: folder -> CocoDataset -> Transform -> Batches -> collate -> images, targets -> model
       -> to_results -> evaluate (average precision) and draw (pictures)
@@ -27,7 +27,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 
 class DataError(Exception):
-    """Something is wrong with what the user handed in; the message says what, where and what to do."""
+    """Something the user handed in is wrong; the message says what, where and what to do."""
 
 
 # --- 1. Read --------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def find_split(root, split):
 
 
 def read_image(path, size=None):
-    """RGB image (3, H, W) uint8 as a viewer shows it; size (H, W): what the annotations were drawn on.
+    """RGB image (3, H, W) uint8 as a viewer shows it; size (H, W): what annotations were drawn on.
 
     A camera's rotation tag is followed unless only the unrotated image has that size.
     """
@@ -73,11 +73,12 @@ def read_image(path, size=None):
 class CocoDataset(Dataset):
     """Images with their objects, from a folder in COCO format.
 
-    root: folder in COCO's layout or the common export layout (see find_split). classes: category dicts that
-    fix the labels (those of the training split), the json's own by default. limit: use the first so many images.
-    dataset[i] -> image (3, H, W) float in [0, 1], target dict(boxes (M, 4) float xyxy pixels, labels (M,) int64,
-    masks (M, H, W) bool if every annotation has a segmentation, image_id int, size (H, W) of the file).
-    dataset[i, seed] does the same with the transform's random choices fixed by seed. Raises DataError.
+    root: folder in COCO's layout or the common export layout (see find_split). classes: category
+    dicts that fix the labels (those of the training split), the json's own by default. limit: use
+    the first so many images. dataset[i] -> image (3, H, W) float in [0, 1], target dict(boxes (M,
+    4) float xyxy pixels, labels (M,) int64, masks (M, H, W) bool if every annotation has a
+    segmentation, image_id int, size (H, W) of the file). dataset[i, seed] does the same with the
+    transform's random choices fixed by seed. Raises DataError.
     """
 
     def __init__(self, root, split, transform=None, limit=None, classes=None):
@@ -101,7 +102,8 @@ class CocoDataset(Dataset):
         kept = [
             a for a in annotations if a["image_id"] in ids and a["category_id"] in self.label_of
         ]
-        # Evaluation needs them all, crowds too, with ids from 1: pycocotools takes 0 for "no match".
+        # Evaluation needs them all, crowds too, with ids from 1: pycocotools takes 0 for "no
+        # match".
         kept = [
             {"iscrowd": 0, "segmentation": []}
             | a
@@ -176,7 +178,7 @@ class CocoDataset(Dataset):
 
 
 def finish(image, target):
-    """Plain tensors, floats in [0, 1]; boxes are clipped, and objects dropped of which nothing is left."""
+    """Plain tensors, floats in [0, 1]; boxes clipped, objects of which nothing is left dropped."""
     boxes = clip_boxes_to_image(target["boxes"].as_subclass(torch.Tensor), image.shape[-2:])
     keep = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
     if "masks" in target:
@@ -190,16 +192,17 @@ def finish(image, target):
 
 
 def resized(h, w, short, longest):
-    """Size with short side `short`, or long side `longest` if that is smaller (Detectron2's rounding)."""
+    """Size with short side `short`, or long side `longest` if smaller (Detectron2's rounding)."""
     scale = min(short / min(h, w), longest / max(h, w))
     return int(h * scale + 0.5), int(w * scale + 0.5)
 
 
 class Transform:
-    """A recipe's resizing and, in training, its random flip, crop and scale; masks and boxes follow.
+    """A recipe's resizing and, in training, random flip, crop and scale; masks and boxes follow.
 
-    recipe: sizes (short sides in pixels; one is drawn in training, the last serves evaluation; empty: the image's
-    own), max_size (of the long side), crop (smallest and largest side, of every second image; empty: none), jitter.
+    recipe: sizes (short sides in pixels; one is drawn in training, the last serves evaluation;
+    empty: the image's own), max_size (of the long side), crop (smallest and largest side, of every
+    second image; empty: none), jitter.
     """
 
     def __init__(self, recipe, train):
@@ -236,10 +239,10 @@ def choice(values):
 
 
 class Batches(Sampler):
-    """Batches of (index, seed) for training steps start..stop, images of similar aspect ratio together.
+    """Batches of (index, seed) for steps start..stop, images of similar aspect ratio together.
 
-    Step t is the same whatever came before and however many workers load it, so a resumed run goes on exactly.
-    Of each global batch of `world` processes, process `rank` gets its share.
+    Step t is the same whatever came before and however many workers load it, so a resumed run goes
+    on exactly. Of each global batch of `world` processes, process `rank` gets its share.
     """
 
     def __init__(self, dataset, batch_size, start, stop, seed=0, rank=0, world=1):
@@ -249,7 +252,7 @@ class Batches(Sampler):
         self.per_epoch = steps_per_epoch(dataset, batch_size * world)
 
     def epoch(self, number):
-        """The epoch's global batches (per_epoch, world * batch_size), shuffled by seed and epoch number."""
+        """Global batches (per_epoch, world * batch_size) of an epoch, shuffled by seed."""
         generator = torch.Generator().manual_seed(random_seed(self.seed, number))
         size = self.batch_size * self.world
         order = torch.randperm(len(self.aspect), generator=generator)
@@ -298,7 +301,7 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def to_results(dataset, target, output):
-    """One image's detections in COCO's result format: category ids, xywh boxes, run-length masks."""
+    """One image's detections in COCO's result format: category ids, xywh boxes, RLE masks."""
     from pycocotools import mask as mask_api
 
     boxes = box_convert(output["boxes"].float(), "xyxy", "xywh").tolist()
@@ -320,7 +323,7 @@ def to_results(dataset, target, output):
 
 
 def evaluate(dataset, results):
-    """COCO average precision of results (see to_results): METRICS for boxes, and with "mask_" before for masks.
+    """COCO average precision of results (see to_results): METRICS of boxes, "mask_"... of masks.
 
     Zero without detections; -1, shown as n/a, where the data has nothing to find. Prints nothing.
     """
@@ -354,7 +357,7 @@ def evaluate(dataset, results):
 
 
 def draw(image, found, classes, threshold=0.5):
-    """Image (3, H, W) in [0, 1] with boxes, masks and names of what was found or is true: (3, H', W') uint8.
+    """Image (3, H, W) in [0, 1] with boxes, masks and names drawn on it: (3, H', W') uint8.
 
     Small images are enlarged so that the names can be read.
     """
@@ -395,7 +398,7 @@ def save_pictures(path, rows):
 
 # --- 6. Shapes ------------------------------------------------------------------------------------
 
-SHAPES = {  # name -> is the point inside? u, v: coordinates turned with the shape, in units of its radius
+SHAPES = {  # name -> inside? u, v: coordinates turned with the shape, in radii
     "circle": lambda u, v: u**2 + v**2 < 0.8,
     "square": lambda u, v: np.maximum(abs(u), abs(v)) < 0.75,
     "triangle": lambda u, v: np.maximum(v, abs(u) * 0.866 - v / 2) < 0.5,
@@ -407,10 +410,10 @@ SHAPES_SIZES = [(144, 144), (128, 160), (160, 128), (96, 160), (160, 96)]  # (H,
 
 
 def make_shapes(root, num_train=4000, num_val=500, seed=0):
-    """Write the generated data set into folder root unless it is there: the same files for the same seed.
+    """Write the generated data set into folder root unless it is there; seed decides every file.
 
-    1-8 turned shapes of 10 to 72 pixels' radius, small ones more often, any colour, that hide at most half of each other, on textured
-    backgrounds. The folder appears only when complete.
+    1-8 turned shapes of 10 to 72 pixels' radius, small ones more often, any colour, that hide at
+    most half of each other, on textured backgrounds. The folder appears only when complete.
     """
     root = Path(root)
     if root.exists():

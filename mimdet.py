@@ -1,12 +1,14 @@
-"""MIMDet: a ViT pre-trained by masked image modelling, as object detector (Fang et al., ICCV 2023, arXiv:2204.02964).
+"""MIMDet: a masked-image-modelling ViT as detector (Fang et al., ICCV 2023, arXiv:2204.02964).
 
-A ViT that learned to fill in masked images understands a random half of the patches well, so detection training
-shows it only that half: cheaper, and no worse. A small convolutional stem gives the fine maps a plain ViT lacks, the
-pre-trained decoder puts the sequence back together, and the hybrid is the backbone of an ordinary Mask R-CNN.
-Flow: image (B, 3, H, W) -> stem maps, strides 4, 8, 16 -> half of the N tokens (B, N/2, C) -> encoder
-      -> all tokens (B, N, C') -> decoder -> FPN p2..p6 -> proposals -> classes, boxes (D, 4), masks (D, H, W)
-Compare: yolos.py has no pyramid, anchors or proposals; pvt.py builds the pyramid inside the transformer;
-      simmim.py trains the encoder that is put to work here.
+A ViT that learned to fill in masked images understands a random half of the patches well, so
+detection training shows it only that half: cheaper, and no worse. A small convolutional stem gives
+the fine maps a plain ViT lacks, the pre-trained decoder puts the sequence back together, and the
+hybrid is the backbone of an ordinary Mask R-CNN.
+Flow: image (B, 3, H, W) -> stem maps of strides 4, 8, 16 -> half of the N tokens (B, N/2, C)
+      -> encoder -> all tokens (B, N, C') -> decoder -> FPN p2..p6 -> proposals
+      -> boxes (D, 4), scores (D,), labels (D,), masks (D, H, W)
+Compare: yolos.py has no pyramid, anchors or proposals; pvt.py builds the pyramid inside the
+transformer; simmim.py trains the encoder that is put to work here.
 """
 
 import math
@@ -58,6 +60,7 @@ class Config:
 
 
 CONFIGS = {
+    # fmt: off
     "nano": Config(
         embed_dim=192,
         depth=4,
@@ -71,7 +74,8 @@ CONFIGS = {
         proposals=100,
         roi_batch=48,
         checkpoint=False,
-    ),
+    ),  # 3,917,964 parameters with 6 classes
+    # fmt: on
     "base": Config(),  # 127,954,768 parameters
     "large": Config(
         embed_dim=1024, depth=24, num_heads=16, drop_path=0.4
@@ -81,7 +85,7 @@ CONFIGS = {
 PAPER = dict(
     lr=8e-5,  # for batch_size; the stem's, and see lr_spread
     batch_size=64,
-    lr_spread=2.0,  # encoder blocks learn at lr / 2, decoder, FPN and heads at lr * 2 (released config)
+    lr_spread=2.0,  # encoder blocks: lr / 2; decoder, FPN and heads: lr * 2
     weight_decay=0.1,
     clip=0.0,  # no gradient clipping
     epochs=36,
@@ -125,7 +129,7 @@ RECIPES = {
 
 
 class DropPath(nn.Module):
-    """Drop a residual branch for whole samples, rescaling the others (stochastic depth, arXiv:1603.09382)."""
+    """Drop a residual branch for whole samples (stochastic depth, arXiv:1603.09382)."""
 
     def __init__(self, rate):
         super().__init__()
@@ -153,7 +157,7 @@ class Mlp(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention: softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, Eq. 1).
 
-    x: (B, N, C); mask: None or bool, broadcastable to (B, h, N, N), False where a key must not be seen.
+    x: (B, N, C); mask: bool, broadcastable to (B, h, N, N), False where a key must not be seen.
     """
 
     def __init__(self, dim, num_heads):
@@ -195,9 +199,9 @@ def run_blocks(blocks, x, recompute=False):
 
 
 def sincos_pos_embed(dim, grid):
-    """Fixed sine-cosine position table (1, 1 + grid * grid, dim): a zero row for the class token, then row by row.
+    """Fixed sine-cosine table (1, 1 + grid * grid, dim), the class token's row of zeros first.
 
-    The first half of the channels encodes x (the column), the second y; each half is [sin | cos] (MAE's code).
+    The first half of the channels encodes x (the column), the second y; each is [sin | cos].
     """
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (grid, dim/4)
@@ -217,9 +221,9 @@ def resize_grid(table, old_hw, new_hw):
 
 
 def pad_batch(images, multiple):
-    """Normalise images (3, h, w) in [0, 1] by ImageNet statistics and zero-pad them at the bottom and right.
+    """Normalise images (3, h, w) in [0, 1] and zero-pad them at the bottom and right to one size.
 
-    Returns the batch (B, 3, H, W), H and W multiples of `multiple`, and the list of true sizes (h, w).
+    Returns the batch (B, 3, H, W), its sides multiples of `multiple`, and the true sizes (h, w).
     """
     sizes = [tuple(image.shape[-2:]) for image in images]
     H, W = (math.ceil(max(sides) / multiple) * multiple for sides in zip(*sizes, strict=True))
@@ -269,10 +273,11 @@ class ConvStem(nn.Module):
 
 
 def sample_tokens(noise, sizes, grid, ratio):
-    """Ids (B, int(N * ratio)) of the tokens to keep, those with the smallest noise (B, N) (Sec. 3.1).
+    """Ids (B, int(N * ratio)) of the tokens to keep: those of the smallest noise (B, N) (Sec. 3.1).
 
-    Tokens that lie wholly in padding come last, so they are kept only where an image has too few real ones. N counts
-    the padded grid, as in the released code: every image of a batch keeps equally many.
+    Tokens that lie wholly in padding come last, so they are kept only where an image has too few
+    real ones. N counts the padded grid, as in the released code: every image of a batch keeps
+    equally many.
     """
     noise = noise.unflatten(1, grid).clone()  # (B, H/16, W/16)
     for image_noise, (h, w) in zip(noise, sizes, strict=True):
@@ -312,7 +317,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Puts encoded and dropped tokens back on the full grid and runs a few pre-trained blocks on it (Sec. 3.2)."""
+    """Puts encoded and dropped tokens back on the grid, for a few pre-trained blocks (Sec. 3.2)."""
 
     def __init__(self, c):
         super().__init__()
@@ -347,7 +352,7 @@ class Decoder(nn.Module):
 
 
 def pos_embed_for(table, grid):
-    """The stored square table without its class-token row, resized to the grid of this batch (1, N, C)."""
+    """The stored square table without its class-token row, resized to a batch's grid: (1, N, C)."""
     side = math.isqrt(table.shape[1] - 1)
     return resize_grid(table[:, 1:], (side, side), grid)
 
@@ -356,7 +361,7 @@ def pos_embed_for(table, grid):
 
 
 def make_anchors(maps, scale):
-    """Anchors (H_l * W_l * 3, 4) xyxy of each pyramid map: side scale * stride, height / width 1/2, 1 and 2.
+    """Anchors (H_l * W_l * 3, 4) xyxy of each map: side scale * stride, height / width 1/2, 1, 2.
 
     Centred on multiples of the stride (offset 0) and not rounded, as in detectron2.
     """
@@ -380,7 +385,7 @@ def encode_boxes(boxes_xyxy, anchors_xyxy, weights=(1.0, 1.0, 1.0, 1.0)):
 
 
 def decode_boxes(deltas, anchors_xyxy, weights=(1.0, 1.0, 1.0, 1.0)):
-    """Inverse of encode_boxes for deltas (..., 4); a box grows to at most 1000/16 times its anchor."""
+    """Inverse of encode_boxes, deltas (..., 4); a box is at most 1000/16 times its anchor."""
     anchor = box_convert(anchors_xyxy, "xyxy", "cxcywh")
     deltas = deltas.float() / anchor.new_tensor(weights)
     center = anchor[..., :2] + deltas[..., :2] * anchor[..., 2:]
@@ -389,7 +394,9 @@ def decode_boxes(deltas, anchors_xyxy, weights=(1.0, 1.0, 1.0, 1.0)):
 
 
 def match(boxes_xyxy, targets_xyxy, low, high, rescue=False):
-    """Best target (N,) of each box and its label (N,): 1 object, 0 background, -1 neither (low <= IoU < high).
+    """Best target (N,) of each box, and label (N,): 1 object, 0 background, -1 neither.
+
+    Objects have an IoU of at least `high` with their target, background less than `low`.
 
     rescue: the box that overlaps a target most is an object whatever its IoU.
     """
@@ -405,7 +412,7 @@ def match(boxes_xyxy, targets_xyxy, low, high, rescue=False):
 
 
 def subsample(label, total, fraction):
-    """Indices of at most total * fraction random objects, and of background boxes to fill up to total."""
+    """Indices of at most total * fraction random objects, and of background to fill up to total."""
     objects, background = (label == 1).nonzero()[:, 0], (label == 0).nonzero()[:, 0]
     num_objects = min(int(total * fraction), len(objects))
     objects = objects[torch.randperm(len(objects), device=label.device)[:num_objects]]
@@ -415,7 +422,7 @@ def subsample(label, total, fraction):
 
 
 def pool_rois(maps, boxes_per_image, size, scale):
-    """Crop boxes from p2..p5 as (R, C, size, size); a box of side 28 * scale comes from p4 (FPN, Eq. 1).
+    """Crops (R, C, size, size) from p2..p5; a box of side 28 * scale comes from p4 (FPN, Eq. 1).
 
     aligned RoIAlign with as many samples per bin as the box needs (Detectron2's ROIAlignV2).
     """
@@ -460,7 +467,7 @@ def conv_bn_relu(dim):
 
 
 class RPN(nn.Module):
-    """Region proposal network on every pyramid map: objectness and box deltas of 3 anchors a place."""
+    """Region proposal network on every map: objectness and box deltas of 3 anchors a place."""
 
     def __init__(self, dim):
         super().__init__()
@@ -535,7 +542,7 @@ def rpn_losses(logits, deltas, anchors, targets, batch):
 
 @torch.no_grad()
 def select_proposals(logits, deltas, anchors, sizes, per_level, total):
-    """Top anchors of each level, decoded, clipped, thinned by NMS at 0.7: boxes (<= total, 4) per image."""
+    """Top anchors of each level, decoded, clipped, thinned by NMS: (<= total, 4) an image."""
     proposals = []
     for i, size in enumerate(sizes):
         boxes, scores, levels = [], [], []
@@ -554,10 +561,11 @@ def select_proposals(logits, deltas, anchors, sizes, per_level, total):
 
 @torch.no_grad()
 def crop_masks(masks, matched, boxes_xyxy, size=28):
-    """Target masks (R, size, size), binary: each box's crop of the mask (M, H, W) it is matched with.
+    """Binary target masks (R, size, size): each box's crop of its target's mask (M, H, W).
 
-    Differs: the authors rasterise polygons inside each box; here masks of the whole image are cropped, Detectron2's
-    rule for bitmasks, so that any annotation (polygon, RLE, drawn) is read the same way.
+    Differs: the authors rasterise polygons inside each box; here masks of the whole image are
+    cropped, Detectron2's rule for bitmasks, so that any annotation (polygon, RLE, drawn) is read
+    the same way.
     """
     rois = torch.cat([matched[:, None].to(boxes_xyxy.dtype), boxes_xyxy], dim=1)
     masks = masks[:, None].to(boxes_xyxy.dtype)
@@ -565,7 +573,7 @@ def crop_masks(masks, matched, boxes_xyxy, size=28):
 
 
 def select_detections(rois, logits, deltas, size, threshold=0.05, top=100):
-    """Class-wise NMS at 0.5 over everything that scores above the threshold; the `top` best are kept."""
+    """Class-wise NMS at 0.5 over all that scores above the threshold; the `top` best are kept."""
     scores = logits.softmax(dim=1)[:, :-1]  # (R, K)
     boxes = decode_boxes(deltas, rois[:, None], BOX_WEIGHTS)  # (R, K, 4)
     boxes = clip_boxes_to_image(boxes, size)
@@ -576,7 +584,7 @@ def select_detections(rois, logits, deltas, size, threshold=0.05, top=100):
 
 
 def rescale(result, old_hw, new_hw):
-    """Detections from an image of size old_hw in pixels of new_hw, boxes without area left out, masks pasted."""
+    """Detections in pixels of size new_hw; boxes without area are left out, masks pasted."""
     scale = [new_hw[1] / old_hw[1], new_hw[0] / old_hw[0]] * 2
     boxes = clip_boxes_to_image(result["boxes"] * result["boxes"].new_tensor(scale), new_hw)
     keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
@@ -627,15 +635,17 @@ class MIMDet(nn.Module):
     def forward(self, images, targets=None, sizes=None):
         """Losses if there are targets, else detections.
 
-        images: list of (3, h, w) floats in [0, 1]. targets: list of dict(boxes (M, 4) xyxy pixels, labels (M,),
-        masks (M, h, w) bool unless config.masks is off). sizes: the (height, width) in which each image's boxes and
-        masks are wanted, its own by default. Returns dict(loss_name=scalar) or a list of dict(boxes (D, 4),
-        scores (D,), labels (D,), masks (D, height, width) bool), best first.
+        images: list of (3, h, w) floats in [0, 1]. targets: list of dict(boxes (M, 4) xyxy pixels,
+        labels (M,), masks (M, h, w) bool unless config.masks is off). sizes: the (height, width) in
+        which each image's boxes and masks are wanted, its own by default. Returns
+        dict(loss_name=scalar) or a list of dict(boxes (D, 4), scores (D,), labels (D,), masks (D,
+        height, width) bool), best first.
         """
         if targets is not None:
             return self.loss(*pad_batch(images, 32), targets)
-        # Differs: the released code pads all images of a batch to one size, and its GroupNorm and attention see the
-        # padding. Here only images of equal padded size share a batch, so company never changes a prediction.
+        # Differs: the released code pads all images of a batch to one size, and its GroupNorm and
+        # attention see the padding. Here only images of equal padded size share a batch, so company
+        # never changes a prediction.
         sizes = sizes or [image.shape[-2:] for image in images]
         results = [None] * len(images)
         for group in group_by_padded_size(images, 32):
@@ -647,7 +657,7 @@ class MIMDet(nn.Module):
         return results
 
     def backbone(self, x, sizes, ratio, noise=None):
-        """Maps c2..c5 of strides 4, 8, 16, 32 of a padded batch; noise (B, N) decides which tokens are kept."""
+        """Maps c2..c5, strides 4 to 32, of a padded batch; noise (B, N) decides what is kept."""
         tokens, ids, (c2, c3, stem) = self.encoder(x, sizes, ratio, noise)
         c4 = self.decoder(tokens, ids, stem)
         return [c2, c3, c4, F.max_pool2d(c4, 2)]
@@ -667,7 +677,7 @@ class MIMDet(nn.Module):
         return losses | self.roi_losses(maps, proposals, targets)
 
     def roi_losses(self, maps, proposals, targets):
-        """Box head: cross-entropy and L1 on a quarter objects; mask head: binary cross-entropy on the objects."""
+        """Cross-entropy and L1 of sampled boxes, binary cross-entropy of the objects' masks."""
         c, K = self.config, self.num_classes
         rois, labels, wanted_boxes, mask_rois, wanted_masks = [], [], [], [], []
         for boxes, target in zip(proposals, targets, strict=True):
@@ -724,7 +734,7 @@ class MIMDet(nn.Module):
         ]
 
     def dense(self, images):
-        """Run every layer once on fixed shapes, without selecting boxes: what `train.py --summary` counts."""
+        """Every layer once, on fixed shapes, selecting nothing: what --summary counts."""
         c = self.config
         x, sizes = pad_batch(images, 32)
         maps = self.pyramid(x, sizes, c.eval_ratio)
@@ -736,10 +746,11 @@ class MIMDet(nn.Module):
 
 
 def param_groups(model, recipe):
-    """AdamW's groups, each with the factor `lr_scale` on the learning rate (released config; no layer-wise decay).
+    """AdamW's groups, `lr_scale` a factor on the learning rate (released config; no layer decay).
 
-    The pre-trained ViT blocks learn slowest, the stem at the recipe's rate, decoder, FPN and heads fastest. Biases
-    and norms, all 1-D, have no weight decay. Frozen position tables are in no group.
+    The pre-trained ViT blocks learn slowest, the stem at the recipe's rate, decoder, FPN and heads
+    fastest. Biases and norms, all 1-D, have no weight decay. Frozen position tables are in no
+    group.
     """
     spread, groups = recipe["lr_spread"], {}
     for name, p in model.named_parameters():
@@ -769,10 +780,10 @@ RENAMES = [
 def from_official(state_dict, config=CONFIGS["base"]):
     """Checkpoint of the authors, or any plain ViT, in this file's names.
 
-    Reads MIMDet's release (v2, fill="conv"; v1, fill="mask", whose tables may need grid=14), whole detectors and
-    backbones alone; MAE's files with decoder; ViT encoders named as in timm (DeiT, MAE, our other files'). A MIMDet
-    table is passed on as it is, since forward resizes it; another's is first resized to config.grid, as the authors
-    do. What has no place here (class token, MAE's patch embedding and later decoder blocks) is left out.
+    Reads MIMDet's releases, whole or backbone alone (v2: fill="conv"; v1: fill="mask", and grid=14
+    if its tables have 197 rows), MAE with its decoder, and ViTs named as in timm. The table of a
+    plain ViT is resized to config.grid, as the authors do. What has no place here (class token,
+    patch embedding, MAE's later decoder blocks) is left out.
     """
     state = {}
     for key, value in state_dict.get("model", state_dict).items():

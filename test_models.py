@@ -1,4 +1,4 @@
-"""What a class runs: do the models do what their files say? `pytest test_models.py`, CPU, no data, no network."""
+"""What a class runs: do the models do what their files say? CPU, no data, no network."""
 
 import ast
 import math
@@ -405,7 +405,7 @@ def test_files_import_no_other_file_of_the_project(file):
 
 
 def test_shape_comments_are_true(model):
-    """Runs training and prediction and compares every `x = ...  # (B, N, C)` with the number of dimensions."""
+    """Trains and predicts under a tracer: every `x = ...  # (B, N, C)` must have that many axes."""
     comments = {}
     for number, line in enumerate((ROOT / "mimdet.py").read_text().splitlines(), start=1):
         found = re.match(r"\s+(\w+)(?:, .*?)? = .*  # \(([^()]*(?:\([^()]*\)[^()]*)*)\)$", line)

@@ -1,6 +1,6 @@
 """Train, evaluate, show, measure: one loop for all models.
 
-python train.py --model mimdet                             # generated shapes, nano variant, on any laptop
+python train.py --model mimdet                             # generated shapes, on any laptop
 python train.py --model mimdet --variant base --data COCO  # real data in COCO's format
 torchrun --nproc-per-node=8 train.py --model mimdet ...    # several GPUs
 """
@@ -99,7 +99,7 @@ def parse_args(argv):
 
 
 def override(settings, *tables):
-    """Apply "field=value" texts to the first dict of `tables` that has the field; values keep their type."""
+    """Apply "field=value" texts to the first table that has the field; values keep their type."""
     for setting in settings:
         name, equals, text = setting.partition("=")
         table = next((t for t in tables if name in t), None)
@@ -125,7 +125,7 @@ def parse_value(text, old):
 
 
 def choose_out(args):
-    """The folder asked for; else the newest runs/MODEL-VARIANT[-N] to read from, or the first free to write to."""
+    """The folder asked for, or runs/MODEL-VARIANT[-N], the newest to read, a free one to write."""
     reads = args.resume is not None or args.eval_only or args.predict
     if args.out:
         if not reads and (Path(args.out) / "last.pt").exists():
@@ -153,7 +153,7 @@ def choose_device(name, local_rank):
 
 
 def bf16_pays(args):
-    """bfloat16 is faster on GPUs and on CPUs with instructions for it; --eval-only answers in full precision."""
+    """bfloat16 is faster on GPUs and some CPUs; --eval-only answers in full precision."""
     if args.device.type == "cpu":
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
         return capabilities.get("avx512_bf16", False) and not args.eval_only
@@ -180,7 +180,7 @@ def read_checkpoint(path):
 
 
 def load_weights(net, module, args, path, data):
-    """Fill net from a checkpoint of this project or of the authors and say what became of every tensor."""
+    """Fill net from a checkpoint, ours or the authors', and say what became of every tensor."""
     source = data.get("model", data)
     source = (
         {k: v for k, v in source.items() if isinstance(v, torch.Tensor)}
@@ -229,14 +229,16 @@ def make_loader(args, dataset, **kwargs):
 
 
 def to_device(batch, device):
+    def move(x):
+        return x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+
     images, targets = batch
-    move = lambda x: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x  # noqa: E731
-    return [move(image) for image in images], [{k: move(v) for k, v in t.items()} for t in targets]
+    return [move(x) for x in images], [{k: move(v) for k, v in t.items()} for t in targets]
 
 
 @torch.inference_mode()
 def evaluate(args, net, dataset, tag):
-    """Metrics over the whole data set; writes result.json, detections.json and a picture into args.out."""
+    """Metrics over the whole data set; writes detections.json and a picture into args.out."""
     net.eval()
     results, drawn, began = [], {}, time.time()
     mine = Subset(dataset, range(args.rank, len(dataset), args.world))
@@ -294,7 +296,7 @@ def duration(seconds):
 
 
 def lr_factor(step, steps, recipe):
-    """Linear warm-up, then a cosine to 0, or a factor 0.1 at each of the schedule's fractions of the run."""
+    """Linear warm-up, then a cosine to 0, or x 0.1 at each of the schedule's parts of the run."""
     warmup = min(recipe["warmup"], steps // 10)
     if step < warmup:
         return (step + 1) / warmup
@@ -304,19 +306,18 @@ def lr_factor(step, steps, recipe):
 
 
 def plan(args, recipe, dataset):
-    """Set args.steps (where to stop), args.schedule (steps of the lr schedule) and args.lr."""
-    total = args.batch_size * args.accumulate * args.world
+    """Set args.steps (where to stop), schedule (its length in steps), total_batch and lr."""
+    args.total_batch = total = args.batch_size * args.accumulate * args.world
     per_epoch = coco.steps_per_epoch(dataset, total)
     args.schedule = args.steps
     if args.epochs or not args.steps:
         args.schedule = max(1, round((args.epochs or recipe["epochs"]) * per_epoch))
         args.steps = min(args.steps or args.schedule, args.schedule)
-    scaled = recipe["lr"] * total / recipe["batch_size"]
-    how = "as given" if args.lr else f"= {recipe['lr']:g} x {total} / {recipe['batch_size']} images"
-    args.lr = args.lr or scaled
+    how = "as given" if args.lr else f"{recipe['lr']:g} x {total}/{recipe['batch_size']} images"
+    args.lr = args.lr or recipe["lr"] * total / recipe["batch_size"]
+    epochs = args.steps / per_epoch
     say(
-        args,
-        f"{args.steps} steps of {total} images, {args.steps / per_epoch:.3g} epochs; lr {args.lr:.3g} ({how})",
+        args, f"{args.steps} steps of {total} images, {epochs:.3g} epochs; lr {args.lr:.3g} ({how})"
     )
     return per_epoch
 
@@ -326,159 +327,132 @@ def check_finite(losses, step, targets):
     if bad:
         ids = ", ".join(str(t["image_id"]) for t in targets)
         raise DataError(
-            f"step {step}: {', '.join(bad)} is not finite on images {ids}; the last checkpoint is kept. "
-            "Try a lower --lr, --amp off, or look at these images"
+            f"step {step}: {', '.join(bad)} is not finite on images {ids}; the last checkpoint is "
+            "kept. Try a lower --lr, --amp off, or look at these images"
         )
+
+
+def train_step(args, model, optimizer, recipe, batches, step):
+    """One update from --accumulate batches; returns the losses of the last of them."""
+    torch.manual_seed(coco.random_seed(args.seed, step, args.rank))  # a resumed run draws the same
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * lr_factor(step, args.schedule, recipe) * group["lr_scale"]
+    model.train()
+    for part in range(args.accumulate):
+        images, targets = to_device(next(batches), args.device)
+        last = part == args.accumulate - 1
+        with contextlib.nullcontext() if last or args.world == 1 else model.no_sync():
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+                losses = model(images, targets)
+            check_finite(losses, step, targets)
+            (sum(losses.values()) / args.accumulate).backward()
+    if recipe["clip"]:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["clip"])
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses
 
 
 def train(args, module, recipe, net, data, dataset, held_out):
     per_epoch = plan(args, recipe, dataset)
-    optimizer = torch.optim.AdamW(module.param_groups(net, recipe), lr=args.lr, betas=(0.9, 0.999))
-    start, best, images_seen, seconds = 0, -math.inf, 0, 0.0
+    optimizer = torch.optim.AdamW(module.param_groups(net, recipe), lr=args.lr)
+    progress = dict(step=0, best=-math.inf, images_seen=0, seconds=0.0)
     if args.resume is not None:
         optimizer.load_state_dict(data["optimizer"])
-        start, best = data["step"], data["best"]
-        images_seen, seconds = data["images_seen"], data["seconds"]
-        say(args, f"resuming after step {start}")
+        progress = {name: data[name] for name in progress}
+        say(args, f"resuming after step {progress['step']}")
     model = torch.compile(net) if args.compile else net
     if args.world > 1:
         ids = [args.device.index] if args.device.type == "cuda" else None
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    micro = coco.Batches(
-        dataset,
-        args.batch_size,
-        start * args.accumulate,
-        args.steps * args.accumulate,
-        args.seed,
-        args.rank,
-        args.world,
-    )
-    batches = iter(
-        make_loader(args, dataset, batch_sampler=micro, pin_memory=args.device.type == "cuda")
-    )
-    log = Log(args, start)
+    start, stop = (step * args.accumulate for step in (progress["step"], args.steps))
+    order = coco.Batches(dataset, args.batch_size, start, stop, args.seed, args.rank, args.world)
+    batches = iter(make_loader(args, dataset, batch_sampler=order))
     eval_every = max(1, args.schedule // EVALUATIONS)
-    log_every = max(1, min(50, eval_every // 4))
+    log = Log(args, progress["step"], per_epoch, every=max(1, min(50, eval_every // 4)))
     interrupted = []
-    signal.signal(
-        signal.SIGINT, lambda *_: interrupted.append(1) if not interrupted else sys.exit(130)
-    )
-    began = saved = time.time()
+    # The first Ctrl-C ends the run after this step, the second at once.
+    handler = lambda *_: interrupted.append(1) if not interrupted else sys.exit(130)  # noqa: E731
+    signal.signal(signal.SIGINT, handler)
+    clock = saved = time.time()
     metrics = None
-
-    def checkpoint(name):
-        if args.rank == 0:
-            now = time.time() - began + seconds
-            save(
-                args.out / name,
-                checkpoint_data(args, net, optimizer, dataset, step + 1, best, images_seen, now),
-            )
-
-    for step in range(start, args.steps):
-        torch.manual_seed(
-            coco.random_seed(args.seed, step, args.rank)
-        )  # a resumed run draws the same numbers
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * lr_factor(step, args.schedule, recipe) * group["lr_scale"]
-        net.train()
-        for part in range(args.accumulate):
-            images, targets = to_device(next(batches), args.device)
-            last = part == args.accumulate - 1
-            with contextlib.nullcontext() if last or args.world == 1 else model.no_sync():
-                with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-                    losses = model(images, targets)
-                check_finite(losses, step, targets)
-                (sum(losses.values()) / args.accumulate).backward()
-        if recipe["clip"]:
-            torch.nn.utils.clip_grad_norm_(net.parameters(), recipe["clip"])
-        optimizer.step()
-        optimizer.zero_grad()
-        images_seen += args.batch_size * args.accumulate * args.world
-        done = step + 1
-        log.step(done, per_epoch, losses, optimizer, log_every)
-        if done % eval_every == 0 or done == args.steps:
-            metrics = evaluate(args, net, held_out, f"epoch-{done / per_epoch:06.2f}")
-            if metrics:
-                log.write(step=done, **metrics)
-                score = next(iter(metrics.values()))  # the first metric decides
-                if score > best:
-                    best = score
-                    checkpoint("best.pt")
-                write_result(args, net, metrics, done, images_seen, time.time() - began + seconds)
-            checkpoint("last.pt")
-            saved = time.time()
-        if interrupted or time.time() - saved > SAVE_SECONDS:
-            checkpoint("last.pt")
-            saved = time.time()
+    for step in range(progress["step"], args.steps):
+        losses = train_step(args, model, optimizer, recipe, batches, step)
+        now = time.time()
+        progress["step"] += 1
+        progress["images_seen"] += args.total_batch
+        progress["seconds"] += now - clock
+        clock = now
+        log.step(progress["step"], losses, optimizer)
+        evaluates = progress["step"] % eval_every == 0 or progress["step"] == args.steps
+        if evaluates:
+            metrics = evaluate(args, net, held_out, f"epoch-{progress['step'] / per_epoch:06.2f}")
+            keep_best(args, net, optimizer, dataset, progress, metrics, log)
+        if evaluates or interrupted or now - saved > SAVE_SECONDS:
+            save_run(args, "last.pt", net, optimizer, dataset, progress)
+            saved = now
         if interrupted:
-            say(args, f"interrupted after step {done}; go on with --resume --out {args.out}")
+            say(
+                args,
+                f"interrupted after step {progress['step']}; --resume --out {args.out} goes on",
+            )
             sys.exit(130)
     return metrics
 
 
-def checkpoint_data(args, net, optimizer, dataset, step, best, images_seen, seconds):
-    return dict(
-        name=args.model,
-        variant=args.variant,
-        config=dataclasses.asdict(net.config),
-        classes=dataset.classes,
-        model=net.state_dict(),
-        optimizer=optimizer.state_dict(),
-        step=step,
-        best=best,
-        images_seen=images_seen,
-        seconds=seconds,
-        seed=args.seed,
-    )
+def keep_best(args, net, optimizer, dataset, progress, metrics, log):
+    """After an evaluation: log and result.json; best.pt if the first metric is higher than ever."""
+    if args.rank:
+        return
+    log.write(step=progress["step"], **metrics)
+    run = dict(seed=args.seed, config=dataclasses.asdict(net.config), command=" ".join(sys.argv))
+    steps, seen, seconds = (progress[name] for name in ("step", "images_seen", "seconds"))
+    run |= dict(images_seen=seen, seconds=round(seconds, 1), steps=steps)
+    write_json(args.out / "result.json", metrics | run)
+    score = next(iter(metrics.values()))
+    if score > progress["best"]:
+        progress["best"] = score
+        save_run(args, "best.pt", net, optimizer, dataset, progress)
 
 
-def write_result(args, net, metrics, step, images_seen, seconds):
-    result = metrics | dict(
-        images_seen=images_seen,
-        seconds=round(seconds, 1),
-        steps=step,
-        seed=args.seed,
-        config=dataclasses.asdict(net.config),
-        command=" ".join(sys.argv),
-    )
-    write_json(args.out / "result.json", result)
+def save_run(args, name, net, optimizer, dataset, progress):
+    """Everything needed to go on, to predict, or to start another model from."""
+    if args.rank == 0:
+        about = dict(name=args.model, variant=args.variant, seed=args.seed, classes=dataset.classes)
+        states = dict(model=net.state_dict(), optimizer=optimizer.state_dict())
+        save(
+            args.out / name, about | states | progress | dict(config=dataclasses.asdict(net.config))
+        )
 
 
 class Log:
     """Progress on the screen, and every line of it as json in log.jsonl."""
 
-    def __init__(self, args, start):
-        self.args, self.shown, self.began, self.clock = args, start, start, time.time()
-        self.since = self.clock
+    def __init__(self, args, start, per_epoch, every):
+        self.args, self.per_epoch, self.every = args, per_epoch, every
+        self.start = self.shown = start
+        self.began = self.clock = time.time()
         if args.rank == 0:
             args.out.mkdir(parents=True, exist_ok=True)
             self.file = (args.out / "log.jsonl").open("a" if start else "w")
 
-    def step(self, done, per_epoch, losses, optimizer, every):
-        if self.args.rank or (done % every and done != self.args.steps):
+    def step(self, done, losses, optimizer):
+        if self.args.rank or (done % self.every and done != self.args.steps):
             return
         values = {name: round(loss.item(), 4) for name, loss in losses.items()}
         now = time.time()
-        speed = (
-            (done - self.shown)
-            * self.args.batch_size
-            * self.args.accumulate
-            * self.args.world
-            / (now - self.clock)
-        )
-        left = (self.args.steps - done) * (now - self.since) / (done - self.began)
+        speed = (done - self.shown) * self.args.total_batch / (now - self.clock)
+        left = (self.args.steps - done) * (now - self.began) / (done - self.start)
         lr = max(group["lr"] for group in optimizer.param_groups)
-        parts = "  ".join(
-            f"{name.removeprefix('loss_')} {value:.3f}" for name, value in values.items()
-        )
+        parts = "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in values.items())
         print(
-            f"step {done}/{self.args.steps}  epoch {done / per_epoch:.2f}  loss {sum(values.values()):.3f}  {parts}  "
-            f"lr {lr:.1e}  {speed:.1f} images/s  {duration(left)} left",
+            f"step {done}/{self.args.steps}  epoch {done / self.per_epoch:.2f}  "
+            f"loss {sum(values.values()):.3f}  {parts}  lr {lr:.1e}  {speed:.1f} images/s  "
+            f"{duration(left)} left",
             flush=True,
         )
-        self.write(
-            step=done, epoch=done / per_epoch, lr=lr, images_per_second=round(speed, 2), **values
-        )
+        epoch = done / self.per_epoch
+        self.write(step=done, epoch=epoch, lr=lr, images_per_second=round(speed, 2), **values)
         self.shown, self.clock = done, now
 
     def write(self, **line):
@@ -513,9 +487,7 @@ def predict(args, net, recipe, classes):
 
 def summary():
     """Parameters and cost of every variant of every model, without allocating any."""
-    print(
-        f"{'model':8} {'variant':10} {'parameters':>13} {'trainable':>13} {'input':>9} {'GFLOPs':>9}"
-    )
+    print("model    variant       parameters     trainable     input    GFLOPs")
     for name, module in MODELS.items():
         for variant, config in module.CONFIGS.items():
             recipe = module.RECIPES.get(variant, module.RECIPES["paper"])
@@ -528,9 +500,8 @@ def summary():
                 for flag in (0, 1)
             ]
             flops = counter.get_total_flops() / 1e9
-            print(
-                f"{name:8} {variant:10} {counts[0]:13,} {counts[1]:13,} {size[0]:4}x{size[1]:<4} {flops:9,.1f}"
-            )
+            row = f"{name:8} {variant:10} {counts[0]:13,} {counts[1]:13,}"
+            print(f"{row} {size[0]:4}x{size[1]:<4} {flops:9,.1f}")
     print("80 classes; one image; a multiplication and its addition count as two operations")
 
 
@@ -555,9 +526,8 @@ def benchmark(args, module, recipe, net, dataset):
         optimizer.zero_grad()
 
     sizes = sorted({tuple(image.shape[-2:]) for image in images})
-    print(
-        f"{args.model} {args.variant}, {len(images)} images of {sizes[0]} to {sizes[-1]}, {args.device}, amp {args.amp}"
-    )
+    about = f"{args.model} {args.variant}, {args.device}, amp {args.amp}"
+    print(f"{about}, {len(images)} images of {sizes[0]} to {sizes[-1]}")
     for name, work in (("forward", forward), ("step", step)):
         times = []
         for _ in range(args.steps or 7):
@@ -568,9 +538,8 @@ def benchmark(args, module, recipe, net, dataset):
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
         seconds = statistics.median(times[1:] or times)  # the first warms up
-        print(
-            f"{name:8} {len(images) / seconds:8.2f} images/s  {1000 * seconds:9.1f} ms  peak {peak_memory(args.device)}"
-        )
+        speed = f"{len(images) / seconds:8.2f} images/s  {1000 * seconds:9.1f} ms"
+        print(f"{name:8} {speed}  peak {peak_memory(args.device)}")
 
 
 def peak_memory(device):
@@ -595,55 +564,59 @@ def run(args):
         raise DataError(f"--variant {args.variant}: {args.model} has {', '.join(module.CONFIGS)}")
     args.out = choose_out(args)
     path, data = starting_point(args)
-    own = data.get("name") == args.model and "config" in data
     config = dataclasses.asdict(module.CONFIGS[args.variant])
+    own = data.get("name") == args.model
     if own and (args.resume is not None or args.eval_only or args.predict):
         config, args.variant = dict(data["config"]), data["variant"]
     recipe = dict(module.RECIPES.get(args.variant, module.RECIPES["paper"]))
     override(args.set, config, recipe)
-    args.batch_size = args.batch_size or max(
-        1, recipe["batch_size"] // (args.world * args.accumulate)
-    )
+    shares = args.world * args.accumulate
+    args.batch_size = args.batch_size or max(1, recipe["batch_size"] // shares)
     classes = data["classes"] if own else None
-    dataset = held_out = None
-    if not args.predict or args.data:
-        root = args.data or shapes_folder(args)
-        if not args.eval_only:
-            dataset = coco.CocoDataset(root, "train", coco.Transform(recipe, True), args.limit)
-            classes = dataset.classes
-            say(args, f"train: {'; '.join(dataset.notes)}")
-        elif not own:
-            classes = None
-        held_out = coco.CocoDataset(
-            root, args.eval_on, coco.Transform(recipe, False), args.limit, classes
-        )
+    dataset, held_out = None, None
+    if args.data or not args.predict:
+        dataset, held_out = read_data(args, recipe, config, classes)
         classes = held_out.classes
-        say(args, f"evaluation: {'; '.join(held_out.notes)} ({args.eval_on})")
-        if not (dataset or held_out).has_masks and config.get("masks"):
-            config["masks"] = False
-            say(args, "no masks in the annotations: boxes alone")
     classes = classes or [{"id": i, "name": f"class {i}"} for i in range(80)]
-    torch.manual_seed(args.seed)
-    try:
-        net = module.build(module.Config(**config), len(classes))
-    except ValueError as error:
-        raise DataError(f"--set: {error}") from None
-    net = net.to(args.device, memory_format=torch.channels_last)
-    if args.device.type == "cuda" and args.world > 1:
-        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    net = make_net(args, module, config, len(classes))
     if path:
         load_weights(net, module, args, path, data)
     if args.predict:
-        return predict(args, net, recipe, classes)
-    if args.benchmark:
-        return benchmark(args, module, recipe, net, dataset)
-    if args.eval_only:
+        predict(args, net, recipe, classes)
+    elif args.benchmark:
+        benchmark(args, module, recipe, net, dataset)
+    elif args.eval_only:
         args.out.mkdir(parents=True, exist_ok=True)
-        metrics = evaluate(args, net, held_out, "eval-only")
+        report(args, evaluate(args, net, held_out, "eval-only"))
     else:
-        metrics = train(args, module, recipe, net, data, dataset, held_out)
-    if args.rank == 0 and metrics:
-        report(args, metrics)
+        report(args, train(args, module, recipe, net, data, dataset, held_out))
+
+
+def read_data(args, recipe, config, classes):
+    """Training split (None if only evaluating) and the split to evaluate on."""
+    root, dataset = args.data or shapes_folder(args), None
+    if not args.eval_only:
+        dataset = coco.CocoDataset(root, "train", coco.Transform(recipe, True), args.limit)
+        classes = dataset.classes
+        say(args, f"train: {'; '.join(dataset.notes)}")
+    transform = coco.Transform(recipe, False)
+    held_out = coco.CocoDataset(root, args.eval_on, transform, args.limit, classes)
+    say(args, f"evaluation on {args.eval_on}: {'; '.join(held_out.notes)}")
+    if config.get("masks") and not (dataset or held_out).has_masks:
+        config["masks"] = False
+        say(args, "no masks in the annotations: boxes alone")
+    return dataset, held_out
+
+
+def make_net(args, module, config, num_classes):
+    torch.manual_seed(args.seed)
+    try:
+        net = module.build(module.Config(**config), num_classes)
+    except ValueError as error:
+        raise DataError(f"--set: {error}") from None
+    if args.device.type == "cuda" and args.world > 1:
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    return net.to(args.device, memory_format=torch.channels_last)
 
 
 def shapes_folder(args):
@@ -672,6 +645,8 @@ def starting_point(args):
 
 
 def report(args, metrics):
+    if not metrics:
+        return
     print("\n        " + "".join(f"{name:>8}" for name in coco.METRICS))
     for kind, prefix in (("boxes", ""), ("masks", "mask_")):
         row = [n_a(metrics.get(prefix + name, -1.0)) for name in coco.METRICS]

@@ -29,7 +29,7 @@ def real_coco():
 
 @pytest.fixture
 def write_coco(tmp_path):
-    """Write a data set in the export layout: annotations and, per file name, an image (3, H, W) uint8."""
+    """Write a data set in the export layout: annotations, and images (3, H, W) by file name."""
 
     def write(annotations, images, categories=((7, "cat"), (3, "dog")), split="train"):
         folder = tmp_path / "set" / split

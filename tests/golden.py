@@ -1,7 +1,8 @@
 """Reads tests/golden/*.json: what the authors' released code answers for weights filled by rule.
 
-A weight's values depend only on its key and shape, so no weights travel: `checkpoint` rebuilds the released
-layout, `assert_close` compares a tensor with the recorded samples and with a checksum over all its elements.
+A weight's values depend only on its key and shape, so no weights travel: `checkpoint` rebuilds the
+released layout, `assert_close` compares a tensor with the recorded samples and with a checksum over
+all its elements.
 """
 
 import json
@@ -49,7 +50,7 @@ def image(seed, n, h, w):
 
 
 def assert_close(expected, name, tensor, tolerance=1e-4):
-    """Every recorded value within tolerance, relative or absolute, and the checksum, mean and std too."""
+    """Every recorded value within tolerance, relative or absolute; checksum, mean and std too."""
     assert list(tensor.shape) == expected["shape"], (name, tensor.shape, expected["shape"])
     a = tensor.detach().double().reshape(-1).numpy()
     r = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF).standard_normal(a.size)

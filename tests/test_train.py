@@ -15,7 +15,8 @@ import mimdet
 import train
 
 ROOT = Path(__file__).parent.parent
-TINY = "embed_dim=64 depth=1 num_heads=1 decoder_dim=32 decoder_depth=1 fpn_dim=16 proposals=20 roi_batch=16".split()
+TINY = "embed_dim=64 depth=1 num_heads=1 decoder_dim=32 decoder_depth=1 fpn_dim=16".split()
+TINY += "proposals=20 roi_batch=16".split()
 
 
 def run(*args, tiny=True):
