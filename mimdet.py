@@ -431,10 +431,11 @@ def pool_rois(maps, boxes_per_image, size, scale):
     level = (4 + (side / (28 * scale) + 1e-8).log2()).floor().clamp(2, 5) - 2
     image = [b.new_full((len(b), 1), i) for i, b in enumerate(boxes_per_image)]
     rois = torch.cat([torch.cat(image), boxes], dim=1)  # (R, 5)
-    pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], size, size)
+    pooled = boxes.new_zeros(len(rois), maps[0].shape[1], size, size)
     for i, x in enumerate(maps[:4]):
         index = (level == i).nonzero()[:, 0]
-        crops = roi_align(x, rois[index].to(x.dtype), size, 1 / (4 * 2**i), 0, aligned=True)
+        # In float32 under autocast too: a bfloat16 coordinate of 200 is only good to a pixel.
+        crops = roi_align(x.float(), rois[index], size, 1 / (4 * 2**i), 0, aligned=True)
         pooled = pooled.index_copy(0, index, crops)
     return pooled
 

@@ -1,5 +1,7 @@
 """MIMDet against the authors' released code: every recorded number, from filled weights."""
 
+import copy
+import functools
 import re
 from dataclasses import replace
 
@@ -14,12 +16,19 @@ NOISE = torch.from_numpy(np.random.RandomState(411).rand(2, 320).astype(np.float
 SIZES = [(256, 320), (200, 272)]
 
 
-def loaded(golden, config, variant="base"):
+@functools.cache
+def filled_weights(name, variant="base"):
+    return checkpoint(load(name), variant)
+
+
+def loaded(name, config, variant="base"):
     model = mimdet.build(config, num_classes=80)
-    state = mimdet.from_official({"model": checkpoint(golden, variant)}, config)
+    state = mimdet.from_official({"model": filled_weights(name, variant)}, config)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
-    return model.eval(), missing
+    frozen = {"encoder.pos_embed", "decoder.decoder_pos_embed"}
+    assert {key for key in missing if key.startswith(("encoder.", "decoder."))} == frozen
+    return model.eval()
 
 
 def input_batch():
@@ -39,7 +48,7 @@ def input_batch():
 @torch.no_grad()
 def test_backbone_equals_the_released_one(name, config, variant):
     golden = load(name)
-    model, _ = loaded(golden, config, variant)
+    model = loaded(name, config, variant)
     parameters = [*model.encoder.parameters(), *model.decoder.parameters()]
     assert sum(p.numel() for p in parameters) == golden["params"]
     for kept in golden["kept"]:  # the frozen tables, built by us
@@ -59,7 +68,7 @@ def test_backbone_equals_the_released_one(name, config, variant):
 
 @pytest.fixture(scope="module")
 def detector():
-    return loaded(load("mimdet_full_state"), replace(mimdet.CONFIGS["base"], checkpoint=False))
+    return loaded("mimdet_full_state", mimdet.CONFIGS["base"])
 
 
 def raw_images():
@@ -79,10 +88,7 @@ def same_set(found, expected, tolerance=1e-2):
 
 @torch.no_grad()
 def test_detector_equals_the_released_one(detector):
-    model, missing = detector
-    assert set(missing) <= {"encoder.pos_embed", "decoder.decoder_pos_embed"} | {
-        key for key in missing if key.endswith("num_batches_tracked")
-    }
+    model = copy.deepcopy(detector)
     golden = load("mimdet_full_eval")
     expected = golden["expected"]
     x, sizes = mimdet.pad_batch(raw_images(), 32)
@@ -157,8 +163,7 @@ def check_detections(model, golden, key, x, sizes, ratio, noise):
 def test_losses_and_gradients_equal_the_released_ones(detector, case, monkeypatch):
     golden = load("mimdet_full_train")
     expected = golden["cases"][f"{case}/bitmask"]["losses"]
-    model, _ = loaded(load("mimdet_full_state"), detector[0].config)
-    model.train()
+    model = copy.deepcopy(detector).train()
     model.encoder.eval(), model.decoder.eval()
     # "all": nothing is subsampled; "first": random choices take the first ones.
     model.config = replace(model.config, roi_batch=81840 if case == "all" else 512)
@@ -176,9 +181,7 @@ def test_losses_and_gradients_equal_the_released_ones(detector, case, monkeypatc
         assert abs(loss.item() - wanted) <= 1e-4 * max(1, wanted), (name, loss.item(), wanted)
     sum(losses.values()).backward()
     recorded = golden["cases"][f"{case}/polygon"]
-    for key, wanted in recorded["grad"].items():
-        g = model.get_parameter(our_name(key)).grad.reshape(-1)
-        print(key, (g[wanted["index"]] - torch.tensor(wanted["value"])).abs().max(), wanted["std"])
+    for key, wanted in recorded["grad"].items():  # the released gradients carry 4e-4 of noise
         assert_close(wanted, key, model.get_parameter(our_name(key)).grad, tolerance=1e-3)
     for key, wanted in recorded["bn_after_step"].items():
         assert_close(wanted, key, model.get_buffer(our_name(key)))
