@@ -89,27 +89,23 @@ class CocoDataset(Dataset):
         try:
             data = json.loads(self.file.read_text(encoding="utf-8"))
             self.images = data["images"][:limit]
-            annotations = data.get("annotations", [])
             self.classes = classes or [
                 {"id": c["id"], "name": c["name"]} for c in data["categories"]
             ]
+            self.label_of = {c["id"]: label for label, c in enumerate(self.classes)}
+            ids = {x["id"] for x in self.images if x["file_name"] and x["width"] and x["height"]}
+            # Evaluation needs all objects, crowds too, with ids from 1: pycocotools takes 0 for
+            # "no match".
+            kept = [
+                {"iscrowd": 0, "segmentation": [], "area": math.prod(a["bbox"][2:])} | a
+                for a in data.get("annotations", [])
+                if a["image_id"] in ids and a["category_id"] in self.label_of
+            ]
+            kept = [a | {"id": i} for i, a in enumerate(kept, start=1)]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.file}: not a COCO annotation file ({error!r})") from None
         if not self.images:
             raise DataError(f"{self.file}: lists no images")
-        self.label_of = {c["id"]: label for label, c in enumerate(self.classes)}
-        ids = {image["id"] for image in self.images}
-        kept = [
-            a for a in annotations if a["image_id"] in ids and a["category_id"] in self.label_of
-        ]
-        # Evaluation needs them all, crowds too, with ids from 1: pycocotools takes 0 for "no
-        # match".
-        kept = [
-            {"iscrowd": 0, "segmentation": []}
-            | a
-            | {"id": i, "area": a.get("area", math.prod(a["bbox"][2:]))}
-            for i, a in enumerate(kept, start=1)
-        ]
         self.truth = COCO()
         self.truth.dataset = {
             "images": self.images,
@@ -127,15 +123,15 @@ class CocoDataset(Dataset):
             for image in self.images
         ]
         used = sum(len(objects) for objects in self.objects)
-        masked = sum(bool(a["segmentation"]) for objects in self.objects for a in objects)
-        self.has_masks = 0 < masked == used
+        self.has_masks = used > 0 and all(a["segmentation"] for a in kept)
         self.notes = [f"{len(self.images)} images, {used} objects, {len(self.classes)} classes"]
         if crowds := sum(a["iscrowd"] for a in kept):
             self.notes.append(f"{crowds} crowd regions count in evaluation only")
         if dropped := len(kept) - crowds - used:
             self.notes.append(f"{dropped} boxes without area inside their image dropped")
-        if 0 < masked < used:
-            self.notes.append(f"{used - masked} objects have no segmentation: masks are not used")
+        bare = sum(not a["segmentation"] for a in kept)
+        if bare and any(a["segmentation"] for objects in self.objects for a in objects):
+            self.notes.append(f"{bare} objects have no segmentation: masks are not used")
 
     @staticmethod
     def has_area(annotation, image):
@@ -332,7 +328,8 @@ def evaluate(dataset, results):
     from pycocotools.cocoeval import COCOeval
 
     metrics = {}
-    for kind in ("bbox", "segm") if dataset.has_masks else ("bbox",):
+    masks = dataset.has_masks and all("segmentation" in r for r in results)
+    for kind in ("bbox", "segm") if masks else ("bbox",):
         found = COCO()
         annotations = [dict(r, id=i, iscrowd=0) for i, r in enumerate(results, start=1)]
         for a in annotations:  # objects are small, medium or large by what is judged: box or mask

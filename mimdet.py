@@ -1,9 +1,9 @@
 """MIMDet: a masked-image-modelling ViT as detector (Fang et al., ICCV 2023, arXiv:2204.02964).
 
 A ViT that learned to fill in masked images understands a random half of the patches well, so
-detection training shows it only that half: cheaper, and no worse. A small convolutional stem gives
-the fine maps a plain ViT lacks, the pre-trained decoder puts the sequence back together, and the
-hybrid is the backbone of an ordinary Mask R-CNN.
+detection training shows it only that half, which is far cheaper and costs little accuracy. A small
+convolutional stem gives the fine maps a plain ViT lacks, the pre-trained decoder puts the sequence
+back together, and the hybrid is the backbone of an ordinary Mask R-CNN.
 Flow: image (B, 3, H, W) -> stem maps of strides 4, 8, 16 -> half of the N tokens (B, N/2, C)
       -> encoder -> all tokens (B, N, C') -> decoder -> FPN p2..p6 -> proposals
       -> boxes (D, 4), scores (D,), labels (D,), masks (D, H, W)
@@ -43,6 +43,7 @@ class Config:
     decoder_depth: int = 4  # the first 4 of MAE's 8 blocks (Sec. 3.2)
     grid: int = 50  # side of the stored position tables: 800 px / 16
     sample_ratio: float = 0.5  # share of the tokens the encoder sees in training (Table 1)
+    # Differs: the released code samples at sample_ratio in prediction too, unless overridden.
     eval_ratio: float = 1.0  # the same for predictions: 1.0 sees everything and is deterministic
     fill: str = (
         "conv"  # dropped tokens become "conv": projected stem features; "mask": a mask token (v1)
@@ -455,7 +456,9 @@ def paste_masks(probs, boxes_xyxy, size):
         return (1 - (cell[:, :, None] - index).abs()).clamp(min=0)
 
     x0, y0, x1, y1 = boxes_xyxy.unbind(1)
-    pasted = weights(y0, y1, size[0]) @ probs.float() @ weights(x0, x1, size[1]).transpose(1, 2)
+    with torch.autocast(probs.device.type, enabled=False):
+        rows, columns = weights(y0, y1, size[0]), weights(x0, x1, size[1])
+        pasted = rows @ probs.float() @ columns.transpose(1, 2)  # (D, H, W)
     return pasted >= 0.5
 
 
@@ -627,6 +630,7 @@ class MIMDet(nn.Module):
                     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                     if layer.bias is not None:
                         nn.init.zeros_(layer.bias)
+        nn.init.kaiming_uniform_(self.box_head.fc1.weight, a=1)
         small = [(m, 0.01) for m in self.rpn.children()] + [(self.box_head.cls_score, 0.01)]
         small += [(self.box_head.bbox_pred, 0.001)]
         small += [(self.mask_head.predictor, 0.001)] if self.mask_head else []
@@ -701,13 +705,16 @@ class MIMDet(nn.Module):
             "loss_cls": F.cross_entropy(logits, labels),
             "loss_box": box_error.abs().sum() / max(1, len(labels)),
         }
-        if c.masks and len(objects):
-            mask_logits = self.mask_head(pool_rois(maps, mask_rois, 14, c.anchor_scale))
-            mask_logits = mask_logits[torch.arange(len(objects)), labels_of_objects]  # (R', 28, 28)
-            wanted = torch.cat(wanted_masks).float()
-            losses["loss_mask"] = F.binary_cross_entropy_with_logits(mask_logits, wanted)
-        elif c.masks:  # no object in the whole batch: zero, with every parameter still in the graph
-            losses["loss_mask"] = sum(p.sum() for p in self.mask_head.parameters()) * 0
+        if c.masks:
+            # Without any object the head sees one background crop, so that all processes call it.
+            crops = mask_rois if len(objects) else [rois[0][:1]]
+            mask_logits = self.mask_head(pool_rois(maps, crops, 14, c.anchor_scale))
+            losses["loss_mask"] = mask_logits.sum() * 0
+            if len(objects):
+                mask_logits = mask_logits[torch.arange(len(objects)), labels_of_objects]
+                wanted = torch.cat(wanted_masks).float()  # (R, 28, 28)
+                loss = F.binary_cross_entropy_with_logits(mask_logits, wanted)
+                losses["loss_mask"] = loss
         return losses
 
     def detect(self, x, sizes, out_sizes, noise=None):

@@ -126,9 +126,12 @@ def parse_value(text, old):
 
 def choose_out(args):
     """The folder asked for, or runs/MODEL-VARIANT[-N], the newest to read, a free one to write."""
-    reads = args.resume is not None or args.eval_only or args.predict
+    reads = args.resume is not None or ((args.eval_only or args.predict) and not args.init)
+    if args.resume and not args.out:
+        return Path(args.resume).parent
     if args.out:
-        if not reads and (Path(args.out) / "last.pt").exists():
+        trains = not (reads or args.eval_only or args.predict)
+        if trains and (Path(args.out) / "last.pt").exists():
             raise DataError(
                 f"{args.out} holds a run; give --resume to go on with it, or another --out"
             )
@@ -145,10 +148,13 @@ def choose_device(name, local_rank):
     if name is None:
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    try:
+        device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device
 
 
@@ -157,7 +163,8 @@ def bf16_pays(args):
     if args.device.type == "cpu":
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
         return capabilities.get("avx512_bf16", False) and not args.eval_only
-    return args.device.type == "cuda" and not args.eval_only
+    native = args.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return native and not args.eval_only
 
 
 # --- 2. Weights -----------------------------------------------------------------------------------
@@ -210,6 +217,9 @@ def load_weights(net, module, args, path, data):
         raise DataError(
             f"{path}: almost nothing fits {args.model} {args.variant}; is --variant right?"
         )
+    continues = args.resume is not None or args.eval_only or args.predict
+    if own and continues and (other or missing):
+        raise DataError(f"{path}: does not fit; leave out --set, or check that --data is the same")
     net.load_state_dict(fits, strict=False)
 
 
@@ -224,8 +234,14 @@ def save(path, data):
 # --- 3. Evaluate ----------------------------------------------------------------------------------
 
 
+def ignore_interrupt(_):
+    """Ctrl-C is for the main process, which finishes its step and saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def make_loader(args, dataset, **kwargs):
-    return DataLoader(dataset, num_workers=args.workers, collate_fn=coco.collate, **kwargs)
+    kwargs |= dict(num_workers=args.workers, worker_init_fn=ignore_interrupt)
+    return DataLoader(dataset, collate_fn=coco.collate, **kwargs)
 
 
 def to_device(batch, device):
@@ -386,16 +402,15 @@ def train(args, module, recipe, net, data, dataset, held_out):
         log.step(progress["step"], losses, optimizer)
         evaluates = progress["step"] % eval_every == 0 or progress["step"] == args.steps
         if evaluates:
+            save_run(args, "last.pt", net, optimizer, dataset, progress)
             metrics = evaluate(args, net, held_out, f"epoch-{progress['step'] / per_epoch:06.2f}")
             keep_best(args, net, optimizer, dataset, progress, metrics, log)
         if evaluates or interrupted or now - saved > SAVE_SECONDS:
             save_run(args, "last.pt", net, optimizer, dataset, progress)
-            saved = now
+            clock = saved = log.clock = time.time()
         if interrupted:
-            say(
-                args,
-                f"interrupted after step {progress['step']}; --resume --out {args.out} goes on",
-            )
+            say(args, f"interrupted after step {progress['step']}; the same command goes on with")
+            say(args, f"--resume {args.out / 'last.pt'}")
             sys.exit(130)
     return metrics
 
@@ -420,9 +435,8 @@ def save_run(args, name, net, optimizer, dataset, progress):
     if args.rank == 0:
         about = dict(name=args.model, variant=args.variant, seed=args.seed, classes=dataset.classes)
         states = dict(model=net.state_dict(), optimizer=optimizer.state_dict())
-        save(
-            args.out / name, about | states | progress | dict(config=dataclasses.asdict(net.config))
-        )
+        settings = dict(config=dataclasses.asdict(net.config), recipe=args.recipe)
+        save(args.out / name, about | states | progress | settings)
 
 
 class Log:
@@ -569,6 +583,9 @@ def run(args):
     if own and (args.resume is not None or args.eval_only or args.predict):
         config, args.variant = dict(data["config"]), data["variant"]
     recipe = dict(module.RECIPES.get(args.variant, module.RECIPES["paper"]))
+    if own and (args.resume is not None or args.eval_only or args.predict):
+        recipe = dict(data["recipe"])
+    args.recipe = recipe
     override(args.set, config, recipe)
     shares = args.world * args.accumulate
     args.batch_size = args.batch_size or max(1, recipe["batch_size"] // shares)
@@ -634,6 +651,7 @@ def starting_point(args):
         path = args.resume or args.out / "last.pt"
     elif not path and (args.eval_only or args.predict):
         path = args.out / "best.pt"
+        path = path if path.exists() else args.out / "last.pt"
         if not path.exists():
             raise DataError(f"{path}: no such file; train first or give weights with --init FILE")
     data = read_checkpoint(path) if path else {}
@@ -659,6 +677,8 @@ def main(argv=None):
     args.rank, args.world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
         args.device = choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+        tf32 = not (args.eval_only or args.predict)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         cuda = args.device.type == "cuda"
         args.amp = args.amp or ("bf16" if bf16_pays(args) else "off")
         if args.workers is None:
@@ -669,7 +689,9 @@ def main(argv=None):
             dist.init_process_group("nccl" if cuda else "gloo")
         run(args)
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # A loader process wraps the message in its traceback: the last line is ours.
+        line = str(error).strip().splitlines()[-1].removeprefix("coco.DataError: ")
+        print(f"error: {line}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,7 +225,8 @@ def test_a_malicious_or_foreign_file_is_refused(finished, shapes, tmp_path, caps
         (["--variant", "huge"], "--variant huge: mimdet has nano, base, large"),
         (["--data", "nowhere"], "nowhere: no train split"),
         (["--resume"], "last.pt: no such file"),
-        (["--predict", "a.jpg"], "best.pt: no such file; train first or give weights with --init"),
+        (["--device", "tpu"], "--device tpu: "),
+        (["--predict", "a.jpg"], "last.pt: no such file; train first or give weights with --init"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(args, message, shapes, tmp_path, capsys):
@@ -257,6 +259,21 @@ def test_schedules():
     assert at(50625) == pytest.approx(0.1) and at(61880) == pytest.approx(0.01)
     curve = [train.lr_factor(step, 1000, nano) for step in range(1000)]
     assert max(curve) == 1 and curve[-1] < 1e-4 and curve[:50] == sorted(curve[:50])
+
+
+def test_a_broken_image_is_named_in_one_line_by_loader_processes_too(shapes, tmp_path, capsys):
+    root = shutil.copytree(shapes, tmp_path / "shapes")
+    for path in (root / "train2017").iterdir():
+        path.write_bytes(b"broken")
+    assert run("--data", root, "--out", tmp_path / "run", "--steps", 1, "--workers", 1) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: .*jpg: cannot read image .*; replace or remove it\n", error)
+
+
+def test_boxes_alone_can_be_learned_from_data_with_masks(shapes, tmp_path):
+    args = ("--data", shapes, "--out", tmp_path / "run", "--steps", 1)
+    assert run(*args, "--set", *TINY, "masks=false") == 0
+    assert "AP" in json.loads((tmp_path / "run/result.json").read_text())
 
 
 @pytest.mark.slow
