@@ -82,55 +82,41 @@ class CocoDataset(Dataset):
     """
 
     def __init__(self, root, split, transform=None, limit=None, classes=None):
-        from pycocotools.coco import COCO
-
         self.file, self.folder = find_split(root, split)
         self.transform = transform
         try:
             data = json.loads(self.file.read_text(encoding="utf-8"))
             self.images = data["images"][:limit]
-            self.classes = classes or [
-                {"id": c["id"], "name": c["name"]} for c in data["categories"]
-            ]
+            categories = [{"id": c["id"], "name": c["name"]} for c in data["categories"]]
+            self.classes = classes or categories
             self.label_of = {c["id"]: label for label, c in enumerate(self.classes)}
             ids = {x["id"] for x in self.images if x["file_name"] and x["width"] and x["height"]}
-            # Evaluation needs all objects, crowds too, with ids from 1: pycocotools takes 0 for
-            # "no match".
-            kept = [
+            annotations = [
                 {"iscrowd": 0, "segmentation": [], "area": math.prod(a["bbox"][2:])} | a
                 for a in data.get("annotations", [])
                 if a["image_id"] in ids and a["category_id"] in self.label_of
             ]
-            kept = [a | {"id": i} for i, a in enumerate(kept, start=1)]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.file}: not a COCO annotation file ({error!r})") from None
         if not self.images:
             raise DataError(f"{self.file}: lists no images")
-        self.truth = COCO()
-        self.truth.dataset = {
-            "images": self.images,
-            "annotations": kept,
-            "categories": self.classes,
-        }
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.truth.createIndex()
+        # Evaluation needs all, crowds too, with ids from 1: pycocotools takes 0 for "no match".
+        annotations = [a | {"id": i} for i, a in enumerate(annotations, start=1)]
+        self.truth = index(self.images, annotations, self.classes)
         self.objects = [
-            [
-                a
-                for a in self.truth.imgToAnns[image["id"]]
-                if not a["iscrowd"] and self.has_area(a, image)
-            ]
-            for image in self.images
+            [a for a in self.truth.imgToAnns[x["id"]] if not a["iscrowd"] and self.has_area(a, x)]
+            for x in self.images
         ]
         used = sum(len(objects) for objects in self.objects)
-        self.has_masks = used > 0 and all(a["segmentation"] for a in kept)
+        bare = sum(not a["segmentation"] for a in annotations)
+        crowds = sum(a["iscrowd"] for a in annotations)
+        self.has_masks = used > 0 and not bare
         self.notes = [f"{len(self.images)} images, {used} objects, {len(self.classes)} classes"]
-        if crowds := sum(a["iscrowd"] for a in kept):
+        if crowds:
             self.notes.append(f"{crowds} crowd regions count in evaluation only")
-        if dropped := len(kept) - crowds - used:
+        if dropped := len(annotations) - crowds - used:
             self.notes.append(f"{dropped} boxes without area inside their image dropped")
-        bare = sum(not a["segmentation"] for a in kept)
-        if bare and any(a["segmentation"] for objects in self.objects for a in objects):
+        if 0 < bare < len(annotations):
             self.notes.append(f"{bare} objects have no segmentation: masks are not used")
 
     @staticmethod
@@ -156,9 +142,7 @@ class CocoDataset(Dataset):
         boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), size)
         target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
-            "labels": torch.tensor(
-                [self.label_of[a["category_id"]] for a in objects], dtype=torch.int64
-            ),
+            "labels": torch.tensor([self.label_of[a["category_id"]] for a in objects]).long(),
         }
         if self.has_masks:
             masks = [torch.from_numpy(self.truth.annToMask(a)) for a in objects]
@@ -190,15 +174,15 @@ def finish(image, target):
 def resized(h, w, short, longest):
     """Size with short side `short`, or long side `longest` if smaller (Detectron2's rounding)."""
     scale = min(short / min(h, w), longest / max(h, w))
-    return int(h * scale + 0.5), int(w * scale + 0.5)
+    return max(1, int(h * scale + 0.5)), max(1, int(w * scale + 0.5))
 
 
 class Transform:
-    """A recipe's resizing and, in training, random flip, crop and scale; masks and boxes follow.
+    """A recipe's resizing and, in training, random flip and crop; masks and boxes follow.
 
     recipe: sizes (short sides in pixels; one is drawn in training, the last serves evaluation;
     empty: the image's own), max_size (of the long side), crop (smallest and largest side, of every
-    second image; empty: none), jitter.
+    second image; empty: none).
     """
 
     def __init__(self, recipe, train):
@@ -211,19 +195,16 @@ class Transform:
             if r["crop"] and torch.rand(()) < 0.5:
                 image, target = self.resize(image, target, choice((400, 500, 600)))
                 low, high = r["crop"]
-                side = [
-                    int(torch.randint(min(s, low), min(s, high) + 1, ())) for s in image.shape[-2:]
-                ]
-                image, target = v2.RandomCrop(side)(image, target)
-        short = (choice(r["sizes"]) if self.train else r["sizes"][-1]) if r["sizes"] else None
-        short = short or min(min(image.shape[-2:]), r["max_size"])
-        scale = 1 + r["jitter"] * (2 * torch.rand(()).item() - 1) if self.train else 1.0
-        return self.resize(image, target, short, r["max_size"], scale)
+                limits = [(min(s, low), min(s, high) + 1) for s in image.shape[-2:]]
+                size = [int(torch.randint(*limit, ())) for limit in limits]
+                image, target = v2.RandomCrop(size)(image, target)
+        sizes = r["sizes"] or [min(image.shape[-2:])]
+        short = choice(sizes) if self.train else sizes[-1]
+        return self.resize(image, target, short, r["max_size"])
 
     @staticmethod
-    def resize(image, target, short, longest=math.inf, scale=1.0):
-        h, w = resized(*image.shape[-2:], short, longest)
-        size = max(1, round(h * scale)), max(1, round(w * scale))
+    def resize(image, target, short, longest=math.inf):
+        size = resized(*image.shape[-2:], short, longest)
         return v2.Resize(size)(image, target) if size != image.shape[-2:] else (image, target)
 
 
@@ -253,13 +234,10 @@ class Batches(Sampler):
         size = self.batch_size * self.world
         order = torch.randperm(len(self.aspect), generator=generator)
         order = order.repeat(-(-size // len(order)))[: self.per_epoch * size]
-        for window in order.split(
-            16 * size
-        ):  # sorting only within windows keeps the batches random
+        for window in order.split(16 * size):  # sorting within windows alone keeps batches random
             window.copy_(window[self.aspect[window].argsort()])
-        return order.reshape(self.per_epoch, size)[
-            torch.randperm(self.per_epoch, generator=generator)
-        ]
+        shuffle = torch.randperm(self.per_epoch, generator=generator)
+        return order.reshape(self.per_epoch, size)[shuffle]
 
     def __iter__(self):
         shown = None
@@ -302,14 +280,10 @@ def to_results(dataset, target, output):
 
     boxes = box_convert(output["boxes"].float(), "xyxy", "xywh").tolist()
     scores, labels = output["scores"].tolist(), output["labels"].tolist()
+    ids = [dataset.classes[label]["id"] for label in labels]
     results = [
-        {
-            "image_id": target["image_id"],
-            "category_id": dataset.classes[label]["id"],
-            "bbox": box,
-            "score": score,
-        }
-        for box, score, label in zip(boxes, scores, labels, strict=True)
+        dict(image_id=target["image_id"], category_id=i, bbox=box, score=score)
+        for i, box, score in zip(ids, boxes, scores, strict=True)
     ]
     if "masks" in output:
         masks = output["masks"].permute(1, 2, 0).to("cpu", torch.uint8).numpy()
@@ -318,29 +292,37 @@ def to_results(dataset, target, output):
     return results
 
 
+def index(images, annotations, categories):
+    """pycocotools' COCO object over these lists, without its messages."""
+    from pycocotools.coco import COCO
+
+    table = COCO()
+    table.dataset = dict(images=images, annotations=annotations, categories=categories)
+    with contextlib.redirect_stdout(io.StringIO()):
+        table.createIndex()
+    return table
+
+
 def evaluate(dataset, results):
     """COCO average precision of results (see to_results): METRICS of boxes, "mask_"... of masks.
 
     Zero without detections; -1, shown as n/a, where the data has nothing to find. Prints nothing.
     """
     from pycocotools import mask as mask_api
-    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
+    areas = {  # objects are small, medium or large by what is judged: box or mask
+        "bbox": lambda result: math.prod(result["bbox"][2:]),
+        "segm": lambda result: float(mask_api.area(result["segmentation"])),
+    }
     metrics = {}
     masks = dataset.has_masks and all("segmentation" in r for r in results)
     for kind in ("bbox", "segm") if masks else ("bbox",):
-        found = COCO()
-        annotations = [dict(r, id=i, iscrowd=0) for i, r in enumerate(results, start=1)]
-        for a in annotations:  # objects are small, medium or large by what is judged: box or mask
-            a["area"] = (
-                math.prod(a["bbox"][2:])
-                if kind == "bbox"
-                else float(mask_api.area(a["segmentation"]))
-            )
-        found.dataset = dataset.truth.dataset | {"annotations": annotations}
+        found = [
+            r | dict(id=i, iscrowd=0, area=areas[kind](r)) for i, r in enumerate(results, start=1)
+        ]
+        found = index(dataset.images, found, dataset.classes)
         with contextlib.redirect_stdout(io.StringIO()):
-            found.createIndex()
             judge = COCOeval(dataset.truth, found, kind)
             judge.evaluate()
             judge.accumulate()
@@ -383,9 +365,8 @@ COLORS = ["red", "lime", "blue", "yellow", "magenta", "cyan", "orange", "white",
 def save_pictures(path, rows):
     """Write rows of pictures (3, H, W) uint8 as one PNG, side by side, padded with white."""
     height, width = (max(p.shape[d] for row in rows for p in row) + 4 for d in (1, 2))
-    canvas = torch.full(
-        (3, height * len(rows), width * max(map(len, rows))), 255, dtype=torch.uint8
-    )
+    size = (3, height * len(rows), width * max(map(len, rows)))
+    canvas = torch.full(size, 255, dtype=torch.uint8)
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             _, h, w = picture.shape
@@ -403,7 +384,7 @@ SHAPES = {  # name -> inside? u, v: coordinates turned with the shape, in radii
     "cross": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.28) & (np.maximum(abs(u), abs(v)) < 0.95),
     "ring": lambda u, v: abs(np.hypot(u, v) - 0.76) < 0.22,
 }
-SHAPES_SIZES = [(144, 144), (128, 160), (160, 128), (96, 160), (160, 96)]  # (H, W)
+SHAPES_SIZES = [(128, 128), (128, 160), (160, 128), (96, 160), (160, 96)]  # (H, W)
 
 
 def make_shapes(root, num_train=4000, num_val=500, seed=0):
@@ -441,17 +422,10 @@ def write_shapes(root, split, count, seed):
         images.append(dict(id=i, file_name=name, height=pixels.shape[0], width=pixels.shape[1]))
         for label, mask in objects:
             rle = mask_api.encode(np.asfortranarray(mask, dtype=np.uint8))
-            annotations.append(
-                dict(
-                    id=len(annotations) + 1,
-                    image_id=i,
-                    category_id=label + 1,
-                    bbox=mask_api.toBbox(rle).tolist(),
-                    area=int(mask.sum()),
-                    iscrowd=0,
-                    segmentation=rle | {"counts": rle["counts"].decode()},
-                )
-            )
+            about = dict(id=len(annotations) + 1, image_id=i, category_id=label + 1, iscrowd=0)
+            segmentation = rle | {"counts": rle["counts"].decode()}
+            about |= dict(bbox=mask_api.toBbox(rle).tolist(), area=int(mask.sum()))
+            annotations.append(about | dict(segmentation=segmentation))
     categories = [dict(id=label + 1, name=name) for label, name in enumerate(SHAPES)]
     data = dict(info={}, images=images, annotations=annotations, categories=categories)
     (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(data))
@@ -464,23 +438,23 @@ def draw_shapes(random):
     objects, whole = [], []
     for _ in range(min(8, random.geometric(0.3))):
         label = int(random.integers(len(SHAPES)))
-        radius = min(10 + 66 * random.uniform() ** 1.5, 0.5 * min(H, W))
+        radius = min(12 + 60 * random.uniform(), 0.5 * min(H, W))
         cy, cx = random.uniform(0.8 * radius, [H - 0.8 * radius, W - 0.8 * radius])
         mask = np.zeros((H, W), dtype=bool)
         top, left = max(0, int(cy - radius)), max(0, int(cx - radius))
         window = np.s_[top : int(cy + radius) + 2, left : int(cx + radius) + 2]
         y, x = np.indices(mask[window].shape, dtype=np.float32)
         y, x = (y + top - cy) / radius, (x + left - cx) / radius
-        angle = random.uniform(0, 2 * np.pi)
+        angle = random.uniform(-0.4, 0.4)
         u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
         mask[window] = inside = list(SHAPES.values())[label](u, v)
         visible = [(old_label, old & ~mask) for old_label, old in objects]
-        if any(new.sum() < 0.5 * area for (_, new), area in zip(visible, whole, strict=True)):
+        if any(new.sum() < 0.6 * area for (_, new), area in zip(visible, whole, strict=True)):
             continue  # would hide too much of an earlier object
         behind = pixels[mask].mean(axis=0)
-        color = random.uniform(0, 255, 3)
+        color = random.uniform(90, 255, 3)
         while abs(color - behind).max() < 70:  # can be told from what is behind it
-            color = random.uniform(0, 255, 3)
+            color = random.uniform(90, 255, 3)
         pixels[mask] = color * (1 + random.choice([-0.15, 0.15]) * u[inside])[:, None]
         objects, whole = [*visible, (label, mask)], [*whole, mask.sum()]
     pixels += 6 * random.standard_normal(pixels.shape, dtype=np.float32)
@@ -497,5 +471,5 @@ def background(random, H, W):
         along = np.sin(2 * np.pi * frequency * along) / 2
     elif kind == 2:
         along = np.sin(frequency * x + 3 * np.sin(frequency * y)) / 2
-    first, second = random.uniform(20, 235, 3), random.uniform(-60, 60, 3)
+    first, second = random.uniform(20, 90, 3), random.uniform(-50, 50, 3)
     return (first + along[:, :, None] * second).astype(np.float32)

@@ -45,86 +45,41 @@ class Config:
     sample_ratio: float = 0.5  # share of the tokens the encoder sees in training (Table 1)
     # Differs: the released code samples at sample_ratio in prediction too, unless overridden.
     eval_ratio: float = 1.0  # the same for predictions: 1.0 sees everything and is deterministic
-    fill: str = (
-        "conv"  # dropped tokens become "conv": projected stem features; "mask": a mask token (v1)
-    )
+    fill: str = "conv"  # dropped tokens become "conv": stem features, or "mask": a mask token (v1)
     fpn_dim: int = 256  # pyramid and head width; the box head's fc layer is 4 times as wide
     anchor_scale: int = 8  # anchor side / stride: 32, 64, 128, 256, 512 px on p2..p6
     proposals: int = 1000  # kept after the proposals' NMS, per image
-    roi_batch: int = (
-        512  # boxes sampled per image for the head losses; half as many anchors for the RPN's
-    )
+    rpn_batch: int = 256  # anchors sampled per image for the RPN's losses
+    roi_batch: int = 512  # boxes sampled per image for the heads' losses
     masks: bool = True  # predict masks; train.py turns it off for data that has none
-    checkpoint: bool = (
-        True  # recompute block activations in backward: half the memory, 1/3 more time
-    )
+    checkpoint: bool = True  # recompute blocks in the backward pass, to save memory
 
 
+# fmt: off
 CONFIGS = {
-    # fmt: off
-    "nano": Config(
-        embed_dim=192,
-        depth=4,
-        num_heads=3,
-        drop_path=0.0,
-        decoder_dim=128,
-        decoder_depth=2,
-        grid=14,
-        fpn_dim=64,
-        anchor_scale=4,
-        proposals=100,
-        roi_batch=48,
-        checkpoint=False,
-    ),  # 3,917,964 parameters with 6 classes
-    # fmt: on
-    "base": Config(),  # 127,954,768 parameters
-    "large": Config(
-        embed_dim=1024, depth=24, num_heads=16, drop_path=0.4
-    ),  # 349,332,080 parameters
+    "nano": Config(embed_dim=192, depth=4, num_heads=3, drop_path=0.0, decoder_dim=128,
+                   decoder_depth=2, grid=14, fpn_dim=64, anchor_scale=4, proposals=50,
+                   rpn_batch=64, roi_batch=32, checkpoint=False),  # 3,917,964, with 6 classes
+    "base": Config(),  # 127,954,768 parameters with 80 classes
+    "large": Config(embed_dim=1024, depth=24, num_heads=16, drop_path=0.4),  # 349,332,080
 }
-
 PAPER = dict(
-    lr=8e-5,  # for batch_size; the stem's, and see lr_spread
-    batch_size=64,
+    lr=8e-5, batch_size=64,  # the stem's rate for this batch
     lr_spread=2.0,  # encoder blocks: lr / 2; decoder, FPN and heads: lr * 2
-    weight_decay=0.1,
-    clip=0.0,  # no gradient clipping
-    epochs=36,
-    warmup=469,  # steps
+    weight_decay=0.1, clip=0.0,  # no gradient clipping
+    epochs=36, warmup=469,  # steps
     schedule=(0.75, 0.9167),  # lr x 0.1 at these parts of the run; "cosine" is the other choice
-    sizes=(
-        480,
-        512,
-        544,
-        576,
-        608,
-        640,
-        736,
-        768,
-        800,
-    ),  # short sides; 672 and 704 absent as released
+    sizes=(480, 512, 544, 576, 608, 640, 736, 768, 800),  # short sides; no 672, 704, as released
     max_size=1333,
     crop=(384, 600),  # every second image: short side 400-600, then a crop with sides in this range
-    jitter=0.0,
 )
 RECIPES = {
-    "nano": dict(
-        lr=8e-4,
-        batch_size=8,
-        lr_spread=1.0,
-        weight_decay=0.05,
-        clip=1.0,
-        epochs=2,
-        warmup=50,
-        schedule="cosine",
-        sizes=(),  # images keep their own size ...
-        max_size=320,  # ... up to this long side
-        crop=(),
-        jitter=0.1,  # random scale within 1 -+ this
-    ),
+    "nano": dict(lr=1e-3, batch_size=4, lr_spread=2.0, weight_decay=0.05, clip=1.0, epochs=0.9,
+                 warmup=50, schedule="cosine", sizes=(), max_size=320, crop=()),
     "paper": PAPER,
     "large": PAPER | dict(lr_spread=3.5),
 }
+# fmt: on
 
 # --- 2. Shared blocks -----------------------------------------------------------------------------
 
@@ -240,9 +195,8 @@ def group_by_padded_size(images, multiple):
     """Lists of indices of the images that are equally large once each is padded by itself."""
     groups = {}
     for index, image in enumerate(images):
-        groups.setdefault(tuple(-(-side // multiple) for side in image.shape[-2:]), []).append(
-            index
-        )
+        size = tuple(math.ceil(side / multiple) for side in image.shape[-2:])
+        groups.setdefault(size, []).append(index)
     return groups.values()
 
 
@@ -397,9 +351,8 @@ def decode_boxes(deltas, anchors_xyxy, weights=(1.0, 1.0, 1.0, 1.0)):
 def match(boxes_xyxy, targets_xyxy, low, high, rescue=False):
     """Best target (N,) of each box, and label (N,): 1 object, 0 background, -1 neither.
 
-    Objects have an IoU of at least `high` with their target, background less than `low`.
-
-    rescue: the box that overlaps a target most is an object whatever its IoU.
+    Objects have an IoU of at least `high` with their target, background less than `low`. rescue:
+    the box that overlaps a target most is an object whatever its IoU.
     """
     if len(targets_xyxy) == 0:
         nothing = torch.zeros(len(boxes_xyxy), dtype=torch.long, device=boxes_xyxy.device)
@@ -448,10 +401,8 @@ def paste_masks(probs, boxes_xyxy, size):
     """
 
     def weights(low, high, length):  # (D, length, 28)
-        cell = (torch.arange(length, device=probs.device) + 0.5 - low[:, None]) / (high - low)[
-            :, None
-        ]
-        cell = cell * probs.shape[-1] - 0.5
+        pixel = torch.arange(length, device=probs.device) + 0.5
+        cell = (pixel - low[:, None]) / (high - low)[:, None] * probs.shape[-1] - 0.5
         index = torch.arange(probs.shape[-1], device=probs.device)
         return (1 - (cell[:, :, None] - index).abs()).clamp(min=0)
 
@@ -533,15 +484,12 @@ def rpn_losses(logits, deltas, anchors, targets, batch):
         matched, label = match(anchors, target["boxes"], 0.3, 0.7, rescue=True)
         objects, background = subsample(label, batch, 0.5)
         index = torch.cat([objects, background])
-        loss_cls += F.binary_cross_entropy_with_logits(
-            logit[index], label[index].float(), reduction="sum"
-        )
+        wanted = label[index].float()
+        loss_cls += F.binary_cross_entropy_with_logits(logit[index], wanted, reduction="sum")
         wanted = encode_boxes(target["boxes"][matched[objects]], anchors[objects])
         loss_box += (delta[objects] - wanted).abs().sum()
-    return {
-        "loss_rpn_cls": loss_cls / (batch * len(targets)),
-        "loss_rpn_box": loss_box / (batch * len(targets)),
-    }
+    total = batch * len(targets)
+    return {"loss_rpn_cls": loss_cls / total, "loss_rpn_box": loss_box / total}
 
 
 @torch.no_grad()
@@ -618,11 +566,12 @@ class MIMDet(nn.Module):
         self.init_weights()
 
     def init_weights(self):
+        c = self.config
         for module in [*self.encoder.modules(), *self.decoder.modules()]:
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        if self.config.fill == "mask":
+        if c.fill == "mask":
             nn.init.normal_(self.decoder.mask_token, std=0.02)
         for module in [self.rpn, self.box_head, self.mask_head]:
             for layer in module.modules() if module else ():
@@ -631,11 +580,11 @@ class MIMDet(nn.Module):
                     if layer.bias is not None:
                         nn.init.zeros_(layer.bias)
         nn.init.kaiming_uniform_(self.box_head.fc1.weight, a=1)
-        small = [(m, 0.01) for m in self.rpn.children()] + [(self.box_head.cls_score, 0.01)]
-        small += [(self.box_head.bbox_pred, 0.001)]
-        small += [(self.mask_head.predictor, 0.001)] if self.mask_head else []
-        for layer, std in small:  # Detectron2's initial values
-            nn.init.normal_(layer.weight, std=std)
+        outputs = [self.rpn.objectness_logits, self.rpn.anchor_deltas, self.box_head.cls_score]
+        for layer in outputs:  # Detectron2's initial values
+            nn.init.normal_(layer.weight, std=0.01)
+        for layer in [self.box_head.bbox_pred, *([self.mask_head.predictor] if c.masks else [])]:
+            nn.init.normal_(layer.weight, std=0.001)
 
     def forward(self, images, targets=None, sizes=None):
         """Losses if there are targets, else detections.
@@ -654,11 +603,9 @@ class MIMDet(nn.Module):
         sizes = sizes or [image.shape[-2:] for image in images]
         results = [None] * len(images)
         for group in group_by_padded_size(images, 32):
-            found = self.detect(
-                *pad_batch([images[i] for i in group], 32), [sizes[i] for i in group]
-            )
-            for i, result in zip(group, found, strict=True):
-                results[i] = result
+            batch = pad_batch([images[i] for i in group], 32)
+            for i, found in zip(group, self.detect(*batch, [sizes[i] for i in group]), strict=True):
+                results[i] = found
         return results
 
     def backbone(self, x, sizes, ratio, noise=None):
@@ -677,7 +624,7 @@ class MIMDet(nn.Module):
         maps = self.pyramid(x, sizes, c.sample_ratio if self.training else c.eval_ratio, noise)
         anchors = make_anchors(maps, c.anchor_scale)
         logits, deltas = self.rpn(maps)
-        losses = rpn_losses(logits, deltas, anchors, targets, c.roi_batch // 2)
+        losses = rpn_losses(logits, deltas, anchors, targets, c.rpn_batch)
         proposals = select_proposals(logits, deltas, anchors, sizes, 2 * c.proposals, c.proposals)
         return losses | self.roi_losses(maps, proposals, targets)
 
@@ -713,8 +660,7 @@ class MIMDet(nn.Module):
             if len(objects):
                 mask_logits = mask_logits[torch.arange(len(objects)), labels_of_objects]
                 wanted = torch.cat(wanted_masks).float()  # (R, 28, 28)
-                loss = F.binary_cross_entropy_with_logits(mask_logits, wanted)
-                losses["loss_mask"] = loss
+                losses["loss_mask"] = F.binary_cross_entropy_with_logits(mask_logits, wanted)
         return losses
 
     def detect(self, x, sizes, out_sizes, noise=None):
@@ -731,15 +677,11 @@ class MIMDet(nn.Module):
         if c.masks:
             labels = torch.cat([r["labels"] for r in results])
             crops = pool_rois(maps, [r["boxes"] for r in results], 14, c.anchor_scale)
-            probs = self.mask_head(crops)[torch.arange(len(labels)), labels].sigmoid()
-            for result, p in zip(
-                results, probs.split([len(r["boxes"]) for r in results]), strict=True
-            ):
-                result["masks"] = p  # (D, 28, 28)
-        return [
-            rescale(result, old, new)
-            for result, old, new in zip(results, sizes, out_sizes, strict=True)
-        ]
+            masks = self.mask_head(crops)[torch.arange(len(labels)), labels].sigmoid()
+            counts = [len(r["labels"]) for r in results]
+            for result, m in zip(results, masks.split(counts), strict=True):
+                result["masks"] = m  # (D, 28, 28)
+        return [rescale(*each) for each in zip(results, sizes, out_sizes, strict=True)]
 
     def dense(self, images):
         """Every layer once, on fixed shapes, selecting nothing: what --summary counts."""
@@ -747,10 +689,10 @@ class MIMDet(nn.Module):
         x, sizes = pad_batch(images, 32)
         maps = self.pyramid(x, sizes, c.eval_ratio)
         rois = c.proposals * len(x)
-        outputs = [*self.rpn(maps), *self.box_head(x.new_zeros(rois, c.fpn_dim, 7, 7))]
-        return outputs + (
-            [self.mask_head(x.new_zeros(100 * len(x), c.fpn_dim, 14, 14))] if c.masks else []
-        )
+        self.rpn(maps)
+        self.box_head(x.new_zeros(rois, c.fpn_dim, 7, 7))
+        if c.masks:
+            self.mask_head(x.new_zeros(100 * len(x), c.fpn_dim, 14, 14))
 
 
 def param_groups(model, recipe):
@@ -801,15 +743,8 @@ def from_official(state_dict, config=CONFIGS["base"]):
     if any(key.startswith("encoder.patch_embed.proj.3.") for key in state):
         return state
     blocks = [f"decoder_blocks.{i}." for i in range(config.decoder_depth)]
-    wanted = [
-        "blocks.",
-        "norm.",
-        "pos_embed",
-        "decoder_embed.",
-        "decoder_norm.",
-        "decoder_pos_embed",
-        *blocks,
-    ]
+    wanted = ["blocks.", "norm.", "pos_embed", *blocks]
+    wanted += ["decoder_embed.", "decoder_norm.", "decoder_pos_embed"]
     wanted += ["mask_token"] if config.fill == "mask" and "decoder_embed.weight" in state else []
     vit = {}
     for key, value in state.items():

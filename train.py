@@ -8,6 +8,7 @@ torchrun --nproc-per-node=8 train.py --model mimdet ...    # several GPUs
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -16,9 +17,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-
-# Must be set before torch starts its threads: waiting ones sleep instead of burning shared cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.distributed as dist
@@ -30,72 +28,42 @@ import mimdet
 from coco import DataError
 
 MODELS = {"mimdet": mimdet}
-EVALUATIONS = 8  # a run
+EVALUATIONS = 4  # a run
 SAVE_SECONDS = 600  # last.pt is written at every evaluation and at least this often
 
 # --- 1. Arguments ---------------------------------------------------------------------------------
 
 
 def parse_args(argv):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--model", choices=MODELS, default="mimdet")
-    p.add_argument("--variant", default="nano", help="a name in the model's CONFIGS")
-    p.add_argument(
-        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="change Config or recipe fields"
-    )
-    p.add_argument("--data", help="folder in COCO format; generated shapes by default")
-    p.add_argument("--out", help="folder of this run; runs/MODEL-VARIANT by default")
-    p.add_argument(
-        "--epochs", type=float, help="length of the learning-rate schedule; the recipe's by default"
-    )
-    p.add_argument(
-        "--steps",
-        type=int,
-        help="stop after so many steps; without --epochs the schedule ends there",
-    )
-    p.add_argument(
-        "--batch-size", type=int, help="images a step and process; the recipe's in all by default"
-    )
-    p.add_argument("--accumulate", type=int, default=1, help="batches per optimiser step")
-    p.add_argument(
-        "--lr", type=float, help="taken literally; by default the recipe's, scaled to the batch"
-    )
-    p.add_argument("--limit", type=int, help="use only the first so many images of each split")
-    p.add_argument("--eval-on", choices=["val", "train"], default="val")
-    p.add_argument(
-        "--workers", type=int, help="loader processes; 0 on a CPU, up to 8 on a GPU by default"
-    )
-    p.add_argument("--device", help="cuda, mps or cpu; the first there is by default")
-    p.add_argument(
-        "--amp",
-        choices=["off", "bf16"],
-        help="bf16 by default where it is faster, not in --eval-only",
-    )
-    p.add_argument("--compile", action="store_true", help="torch.compile the model")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument(
-        "--init",
-        metavar="FILE",
-        help="start from these weights: the authors' or any of this project",
-    )
-    p.add_argument(
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--model", choices=MODELS, default="mimdet")
+    add("--variant", default="nano", help="a name in the model's CONFIGS")
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="of Config or recipe")
+    add("--data", help="folder in COCO format; generated shapes by default")
+    add("--out", help="folder of this run; runs/MODEL-VARIANT by default")
+    add("--epochs", type=float, help="length of the schedule; the recipe's by default")
+    add("--steps", type=int, help="stop here; without --epochs the schedule ends here too")
+    add("--batch-size", type=int, help="images a step and process; the recipe's in all by default")
+    add("--accumulate", type=int, default=1, help="batches per optimiser step")
+    add("--lr", type=float, help="taken literally; the recipe's, scaled to the batch, by default")
+    add("--limit", type=int, help="use only the first so many images of each split")
+    add("--eval-on", choices=["val", "train"], default="val")
+    add("--workers", type=int, help="loader processes; as many as help by default")
+    add("--device", help="cuda, mps or cpu; the first there is by default")
+    add("--amp", choices=["off", "bf16"], help="bf16 by default where fast, not in --eval-only")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--seed", type=int, default=0)
+    add("--init", metavar="FILE", help="start from weights: the authors' or this project's")
+    add(
         "--resume", nargs="?", const="", metavar="FILE", help="go on from last.pt of --out, or FILE"
     )
-    p.add_argument("--eval-only", action="store_true", help="evaluate --init or the run's best.pt")
-    p.add_argument(
-        "--predict", nargs="+", metavar="IMAGE", help="draw what --init or the run's best.pt finds"
-    )
-    p.add_argument(
-        "--summary", action="store_true", help="print parameters and GFLOPs of every variant"
-    )
-    p.add_argument(
-        "--benchmark",
-        action="store_true",
-        help="print speed and memory of forward and training step",
-    )
-    return p.parse_args(argv)
+    add("--eval-only", action="store_true", help="evaluate --init or the run's best.pt")
+    add("--predict", nargs="+", metavar="IMAGE", help="draw what --init or best.pt finds")
+    add("--summary", action="store_true", help="print parameters and GFLOPs of every variant")
+    add("--benchmark", action="store_true", help="print speed and memory of forward and step")
+    return parser.parse_args(argv)
 
 
 def override(settings, *tables):
@@ -109,9 +77,8 @@ def override(settings, *tables):
         try:
             table[name] = parse_value(text, table[name])
         except (ValueError, KeyError):
-            raise DataError(
-                f"--set {setting}: {name} is now {table[name]!r}, give a value like it"
-            ) from None
+            now = f"{name} is now {table[name]!r}, give a value like it"
+            raise DataError(f"--set {setting}: {now}") from None
 
 
 def parse_value(text, old):
@@ -125,23 +92,20 @@ def parse_value(text, old):
 
 
 def choose_out(args):
-    """The folder asked for, or runs/MODEL-VARIANT[-N], the newest to read, a free one to write."""
-    reads = args.resume is not None or ((args.eval_only or args.predict) and not args.init)
-    if args.resume and not args.out:
-        return Path(args.resume).parent
-    if args.out:
-        trains = not (reads or args.eval_only or args.predict)
-        if trains and (Path(args.out) / "last.pt").exists():
-            raise DataError(
-                f"{args.out} holds a run; give --resume to go on with it, or another --out"
-            )
-        return Path(args.out)
-    base, n = f"runs/{args.model}-{args.variant}", 1
-    folders = [Path(base)]
-    while (folders[-1] / "last.pt").exists():
-        n += 1
-        folders.append(Path(f"{base}-{n}"))
-    return folders[max(0, len(folders) - 2)] if reads else folders[-1]
+    """--out, or runs/MODEL-VARIANT[-N]: the newest one to read from, a free one to write into."""
+    trains = args.resume is None and not (args.eval_only or args.predict or args.benchmark)
+    if args.out or args.resume:
+        out = Path(args.out or Path(args.resume).parent)
+        if trains and (out / "last.pt").exists():
+            raise DataError(f"{out} holds a run; give --resume to go on with it, or another --out")
+        return out
+
+    def folder(number):
+        return Path(f"runs/{args.model}-{args.variant}" + (f"-{number}" if number > 1 else ""))
+
+    free = next(n for n in itertools.count(1) if not (folder(n) / "last.pt").exists())
+    reads = args.resume is not None or (args.eval_only or args.predict) and not args.init
+    return folder(max(1, free - 1) if reads else free)
 
 
 def choose_device(name, local_rank):
@@ -158,13 +122,26 @@ def choose_device(name, local_rank):
     return device
 
 
-def bf16_pays(args):
-    """bfloat16 is faster on GPUs and some CPUs; --eval-only answers in full precision."""
-    if args.device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        return capabilities.get("avx512_bf16", False) and not args.eval_only
-    native = args.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return native and not args.eval_only
+def bf16_pays(device):
+    """bfloat16 is faster on GPUs that compute in it, and on some CPUs."""
+    if device.type == "cpu":
+        return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def settle(args):
+    """Fill in what depends on the machine: processes, device, precision, loader workers."""
+    args.rank, args.world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    args.device = choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    answers = args.eval_only or args.predict  # in full precision
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not answers
+    pays = bf16_pays(args.device) and not args.eval_only
+    args.amp = args.amp or ("bf16" if pays else "off")
+    if args.workers is None:
+        share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = min(8, share) if args.device.type == "cuda" else 0
+    if args.world > 1:
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
 
 
 # --- 2. Weights -----------------------------------------------------------------------------------
@@ -178,47 +155,56 @@ def read_checkpoint(path):
         raise DataError(f"{path}: no such file") from None
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise DataError(
-            f"{path}: not a checkpoint of plain tensors, or damaged ({reason})"
-        ) from None
+        why = f"not a checkpoint of plain tensors, or damaged ({reason})"
+        raise DataError(f"{path}: {why}") from None
     if not isinstance(data, dict):
         raise DataError(f"{path}: holds a {type(data).__name__}, not a dict of weights")
     return data
 
 
-def load_weights(net, module, args, path, data):
+def starting_point(args):
+    """Checkpoint to start from, its content, and whether it is a run of this model to go on with.
+
+    None and an empty dict if the model starts from random weights.
+    """
+    path, best = args.init, args.out / "best.pt"
+    if args.resume is not None:
+        path = args.resume or args.out / "last.pt"
+    elif not path and (args.eval_only or args.predict):
+        path = best if best.exists() else args.out / "last.pt"
+        if not path.exists():
+            raise DataError(f"{path}: no such file; train first or give weights with --init FILE")
+    data = read_checkpoint(path) if path else {}
+    own = data.get("name") == args.model
+    if args.resume is not None and not (own and "optimizer" in data):
+        raise DataError(f"{path}: not a run of {args.model}; start from it with --init")
+    return path, data, own and (args.resume is not None or args.eval_only or bool(args.predict))
+
+
+def load_weights(net, module, args, path, data, exact):
     """Fill net from a checkpoint, ours or the authors', and say what became of every tensor."""
     source = data.get("model", data)
-    source = (
-        {k: v for k, v in source.items() if isinstance(v, torch.Tensor)}
-        if isinstance(source, dict)
-        else {}
-    )
+    source = source if isinstance(source, dict) else {}
+    source = {k: v for k, v in source.items() if isinstance(v, torch.Tensor)}
     own = data.get("name") == args.model
-    state = source if own else module.from_official(source, net.config)
-    wanted = net.state_dict()
+    state, wanted = source if own else module.from_official(source, net.config), net.state_dict()
     fits = {k: v for k, v in state.items() if k in wanted and v.shape == wanted[k].shape}
     shapes = {v.shape for v in source.values()}
-    resized = [k for k in fits if fits[k].shape not in shapes]
-    other = [k for k in state if k in wanted and k not in fits]
-    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state if k not in wanted]
-    print(f"{path}: {len(fits)} of {len(wanted)} tensors loaded, {len(resized)} of them resized")
-    for what, names in (
-        ("other shape, not loaded", other),
-        ("missing", missing),
-        ("unexpected", unexpected),
-    ):
+    resized = sum(v.shape not in shapes for v in fits.values())
+    lists = {
+        "other shape, not loaded": [k for k in state if k in wanted and k not in fits],
+        "missing": [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")],
+        "unexpected": [k for k in state if k not in wanted],
+    }
+    say(args, f"{path}: {len(fits)} of {len(wanted)} tensors loaded, {resized} of them resized")
+    for what, names in lists.items():
         if names:
-            print(
-                f"  {what}: {len(names)}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
-            )
-    if sum(fits[k].numel() for k in fits) < 0.1 * sum(v.numel() for v in wanted.values()):
-        raise DataError(
-            f"{path}: almost nothing fits {args.model} {args.variant}; is --variant right?"
-        )
-    continues = args.resume is not None or args.eval_only or args.predict
-    if own and continues and (other or missing):
+            some = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+            say(args, f"  {what}: {len(names)}: {some}")
+    if sum(v.numel() for v in fits.values()) < 0.1 * sum(v.numel() for v in wanted.values()):
+        name = f"{args.model} {args.variant}"
+        raise DataError(f"{path}: almost nothing fits {name}; is --variant right?")
+    if exact and len(fits) < len(wanted):
         raise DataError(f"{path}: does not fit; leave out --set, or check that --data is the same")
     net.load_state_dict(fits, strict=False)
 
@@ -252,19 +238,26 @@ def to_device(batch, device):
     return [move(x) for x in images], [{k: move(v) for k, v in t.items()} for t in targets]
 
 
+def autocast(args):
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp == "bf16")
+
+
 @torch.inference_mode()
 def evaluate(args, net, dataset, tag):
     """Metrics over the whole data set; writes detections.json and a picture into args.out."""
     net.eval()
     results, drawn, began = [], {}, time.time()
-    mine = Subset(dataset, range(args.rank, len(dataset), args.world))
-    for batch in make_loader(args, mine, batch_size=args.batch_size):
+    shapes = [(image["width"], image["height"]) for image in dataset.images]
+    order = sorted(range(len(dataset)), key=shapes.__getitem__)  # equal sizes share a batch
+    mine = order[args.rank :: args.world]
+    shown = {dataset.images[i]["id"] for i in sorted(mine)[:8]}
+    for batch in make_loader(args, Subset(dataset, mine), batch_size=args.batch_size):
         images, targets = to_device(batch, args.device)
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+        with autocast(args):
             outputs = net(images, sizes=[t["size"] for t in targets])
         for target, output in zip(targets, outputs, strict=True):
             results += coco.to_results(dataset, target, output)
-            if len(drawn) < 8:
+            if target["image_id"] in shown:
                 drawn[target["image_id"]] = output
     if args.world > 1:
         shards = [None] * args.world
@@ -282,15 +275,13 @@ def evaluate(args, net, dataset, tag):
 
 def comparison(dataset, outputs):
     """Picture rows: truth beside what was found, for a few images at their own size."""
-    plain = dataset.without_transform()
-    rows = []
+    plain, pairs = dataset.without_transform(), []
     for index, info in enumerate(dataset.images):
         if info["id"] in outputs:
             image, truth = plain[index]
-            rows.append(
-                [coco.draw(image, found, dataset.classes) for found in (truth, outputs[info["id"]])]
-            )
-    return [sum(rows[i : i + 2], []) for i in range(0, len(rows), 2)]
+            both = (truth, outputs[info["id"]])
+            pairs.append([coco.draw(image, found, dataset.classes) for found in both])
+    return [sum(pairs[i : i + 2], []) for i in range(0, len(pairs), 2)]
 
 
 def write_json(path, data):
@@ -324,18 +315,15 @@ def lr_factor(step, steps, recipe):
 def plan(args, recipe, dataset):
     """Set args.steps (where to stop), schedule (its length in steps), total_batch and lr."""
     args.total_batch = total = args.batch_size * args.accumulate * args.world
-    per_epoch = coco.steps_per_epoch(dataset, total)
+    args.per_epoch = coco.steps_per_epoch(dataset, total)
     args.schedule = args.steps
     if args.epochs or not args.steps:
-        args.schedule = max(1, round((args.epochs or recipe["epochs"]) * per_epoch))
+        args.schedule = max(1, round((args.epochs or recipe["epochs"]) * args.per_epoch))
         args.steps = min(args.steps or args.schedule, args.schedule)
     how = "as given" if args.lr else f"{recipe['lr']:g} x {total}/{recipe['batch_size']} images"
     args.lr = args.lr or recipe["lr"] * total / recipe["batch_size"]
-    epochs = args.steps / per_epoch
-    say(
-        args, f"{args.steps} steps of {total} images, {epochs:.3g} epochs; lr {args.lr:.3g} ({how})"
-    )
-    return per_epoch
+    length = f"{args.steps} steps of {total} images, {args.steps / args.per_epoch:.3g} epochs"
+    say(args, f"{length}; lr {args.lr:.3g} ({how})")
 
 
 def check_finite(losses, step, targets):
@@ -358,7 +346,7 @@ def train_step(args, model, optimizer, recipe, batches, step):
         images, targets = to_device(next(batches), args.device)
         last = part == args.accumulate - 1
         with contextlib.nullcontext() if last or args.world == 1 else model.no_sync():
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            with autocast(args):
                 losses = model(images, targets)
             check_finite(losses, step, targets)
             (sum(losses.values()) / args.accumulate).backward()
@@ -370,8 +358,9 @@ def train_step(args, model, optimizer, recipe, batches, step):
 
 
 def train(args, module, recipe, net, data, dataset, held_out):
-    per_epoch = plan(args, recipe, dataset)
-    optimizer = torch.optim.AdamW(module.param_groups(net, recipe), lr=args.lr)
+    """Train to args.steps; returns the last evaluation's metrics."""
+    plan(args, recipe, dataset)
+    optimizer = torch.optim.AdamW(module.param_groups(net, recipe), lr=args.lr, fused=True)
     progress = dict(step=0, best=-math.inf, images_seen=0, seconds=0.0)
     if args.resume is not None:
         optimizer.load_state_dict(data["optimizer"])
@@ -385,7 +374,7 @@ def train(args, module, recipe, net, data, dataset, held_out):
     order = coco.Batches(dataset, args.batch_size, start, stop, args.seed, args.rank, args.world)
     batches = iter(make_loader(args, dataset, batch_sampler=order))
     eval_every = max(1, args.schedule // EVALUATIONS)
-    log = Log(args, progress["step"], per_epoch, every=max(1, min(50, eval_every // 4)))
+    log = Log(args, progress["step"], every=max(1, min(50, eval_every // 4)))
     interrupted = []
     # The first Ctrl-C ends the run after this step, the second at once.
     handler = lambda *_: interrupted.append(1) if not interrupted else sys.exit(130)  # noqa: E731
@@ -394,25 +383,34 @@ def train(args, module, recipe, net, data, dataset, held_out):
     metrics = None
     for step in range(progress["step"], args.steps):
         losses = train_step(args, model, optimizer, recipe, batches, step)
-        now = time.time()
-        progress["step"] += 1
+        done = progress["step"] = step + 1
         progress["images_seen"] += args.total_batch
-        progress["seconds"] += now - clock
-        clock = now
-        log.step(progress["step"], losses, optimizer)
-        evaluates = progress["step"] % eval_every == 0 or progress["step"] == args.steps
-        if evaluates:
+        log.step(done, losses, optimizer)
+        stops = on_any_rank(args, bool(interrupted))
+        evaluates = (done % eval_every == 0 or done == args.steps) and not stops
+        if evaluates or stops or time.time() - saved > SAVE_SECONDS:
+            progress["seconds"], clock = progress["seconds"] + time.time() - clock, time.time()
             save_run(args, "last.pt", net, optimizer, dataset, progress)
-            metrics = evaluate(args, net, held_out, f"epoch-{progress['step'] / per_epoch:06.2f}")
-            keep_best(args, net, optimizer, dataset, progress, metrics, log)
-        if evaluates or interrupted or now - saved > SAVE_SECONDS:
-            save_run(args, "last.pt", net, optimizer, dataset, progress)
-            clock = saved = log.clock = time.time()
-        if interrupted:
-            say(args, f"interrupted after step {progress['step']}; the same command goes on with")
+            saved = time.time()
+        if stops:
+            say(args, f"interrupted after step {done}; the same command goes on with")
             say(args, f"--resume {args.out / 'last.pt'}")
             sys.exit(130)
+        if evaluates:
+            metrics = evaluate(args, net, held_out, f"epoch-{done / args.per_epoch:06.2f}")
+            progress["seconds"], clock = progress["seconds"] + time.time() - clock, time.time()
+            keep_best(args, net, optimizer, dataset, progress, metrics, log)
+            save_run(args, "last.pt", net, optimizer, dataset, progress)
+            saved = log.clock = time.time()
     return metrics
+
+
+def on_any_rank(args, flag):
+    """True on every process if it is on one, so that all of them stop after the same step."""
+    if args.world > 1:
+        flag = torch.tensor(float(flag), device=args.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def keep_best(args, net, optimizer, dataset, progress, metrics, log):
@@ -421,9 +419,8 @@ def keep_best(args, net, optimizer, dataset, progress, metrics, log):
         return
     log.write(step=progress["step"], **metrics)
     run = dict(seed=args.seed, config=dataclasses.asdict(net.config), command=" ".join(sys.argv))
-    steps, seen, seconds = (progress[name] for name in ("step", "images_seen", "seconds"))
-    run |= dict(images_seen=seen, seconds=round(seconds, 1), steps=steps)
-    write_json(args.out / "result.json", metrics | run)
+    run |= dict(images_seen=progress["images_seen"], steps=progress["step"])
+    write_json(args.out / "result.json", metrics | run | dict(seconds=progress["seconds"]))
     score = next(iter(metrics.values()))
     if score > progress["best"]:
         progress["best"] = score
@@ -442,8 +439,8 @@ def save_run(args, name, net, optimizer, dataset, progress):
 class Log:
     """Progress on the screen, and every line of it as json in log.jsonl."""
 
-    def __init__(self, args, start, per_epoch, every):
-        self.args, self.per_epoch, self.every = args, per_epoch, every
+    def __init__(self, args, start, every):
+        self.args, self.every = args, every
         self.start = self.shown = start
         self.began = self.clock = time.time()
         if args.rank == 0:
@@ -451,21 +448,20 @@ class Log:
             self.file = (args.out / "log.jsonl").open("a" if start else "w")
 
     def step(self, done, losses, optimizer):
-        if self.args.rank or (done % self.every and done != self.args.steps):
+        args = self.args
+        if args.rank or (done % self.every and done != args.steps):
             return
         values = {name: round(loss.item(), 4) for name, loss in losses.items()}
-        now = time.time()
-        speed = (done - self.shown) * self.args.total_batch / (now - self.clock)
-        left = (self.args.steps - done) * (now - self.began) / (done - self.start)
+        now, epoch = time.time(), done / args.per_epoch
+        speed = (done - self.shown) * args.total_batch / (now - self.clock)
+        left = (args.steps - done) * (now - self.began) / (done - self.start)
         lr = max(group["lr"] for group in optimizer.param_groups)
         parts = "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in values.items())
         print(
-            f"step {done}/{self.args.steps}  epoch {done / self.per_epoch:.2f}  "
-            f"loss {sum(values.values()):.3f}  {parts}  lr {lr:.1e}  {speed:.1f} images/s  "
-            f"{duration(left)} left",
+            f"step {done}/{args.steps}  epoch {epoch:.2f}  loss {sum(values.values()):.3f}  "
+            f"{parts}  lr {lr:.1e}  {speed:.1f} images/s  {duration(left)} left",
             flush=True,
         )
-        epoch = done / self.per_epoch
         self.write(step=done, epoch=epoch, lr=lr, images_per_second=round(speed, 2), **values)
         self.shown, self.clock = done, now
 
@@ -492,7 +488,8 @@ def predict(args, net, recipe, classes):
         pixels = coco.read_image(path)
         image, _ = transform(coco.tv_tensors.Image(pixels), {})
         image = image.as_subclass(torch.Tensor).float() / 255
-        (found,) = net([image.to(args.device)], sizes=[tuple(pixels.shape[-2:])])
+        with autocast(args):
+            (found,) = net([image.to(args.device)], sizes=[tuple(pixels.shape[-2:])])
         file = args.out / f"predict-{number}-{Path(path).stem}.png"
         coco.save_pictures(file, [[coco.draw(pixels / 255, found, classes)]])
         sure = int((found["scores"] >= 0.5).sum())
@@ -509,12 +506,12 @@ def summary():
             with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
                 net = module.build(config, 80).eval()
                 net.dense([torch.rand(3, *size)])
-            counts = [
+            total, trainable = (
                 sum(p.numel() for p in net.parameters() if p.requires_grad >= flag)
                 for flag in (0, 1)
-            ]
+            )
             flops = counter.get_total_flops() / 1e9
-            row = f"{name:8} {variant:10} {counts[0]:13,} {counts[1]:13,}"
+            row = f"{name:8} {variant:10} {total:13,} {trainable:13,}"
             print(f"{row} {size[0]:4}x{size[1]:<4} {flops:9,.1f}")
     print("80 classes; one image; a multiplication and its addition count as two operations")
 
@@ -522,38 +519,38 @@ def summary():
 def benchmark(args, module, recipe, net, dataset):
     """Median speed of forward and training step on one real batch, repeated; peak memory."""
     batches = coco.Batches(dataset, args.batch_size, 0, 1, args.seed)
-    images, targets = to_device(
-        next(iter(make_loader(args, dataset, batch_sampler=batches))), args.device
-    )
-    optimizer = torch.optim.AdamW(module.param_groups(net, recipe), lr=1e-5)
+    loader = make_loader(args, dataset, batch_sampler=batches)
+    images, targets = to_device(next(iter(loader)), args.device)
+    optimizer = torch.optim.AdamW(module.param_groups(net, recipe), lr=1e-5, fused=True)
     model = torch.compile(net) if args.compile else net
 
     def forward():
         net.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(args):
             model(images)
 
     def step():
         net.train()
-        sum(model(images, targets).values()).backward()
+        with autocast(args):
+            losses = model(images, targets)
+        sum(losses.values()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     sizes = sorted({tuple(image.shape[-2:]) for image in images})
     about = f"{args.model} {args.variant}, {args.device}, amp {args.amp}"
     print(f"{about}, {len(images)} images of {sizes[0]} to {sizes[-1]}")
-    for name, work in (("forward", forward), ("step", step)):
+    for work in (forward, step):
         times = []
         for _ in range(args.steps or 7):
             began = time.perf_counter()
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-                work()
+            work()
             if args.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
         seconds = statistics.median(times[1:] or times)  # the first warms up
         speed = f"{len(images) / seconds:8.2f} images/s  {1000 * seconds:9.1f} ms"
-        print(f"{name:8} {speed}  peak {peak_memory(args.device)}")
+        print(f"{work.__name__:8} {speed}  peak {peak_memory(args.device)}")
 
 
 def peak_memory(device):
@@ -571,25 +568,23 @@ def peak_memory(device):
 
 
 def run(args):
-    if args.summary:
-        return summary()
     module = MODELS[args.model]
     if args.variant not in module.CONFIGS:
         raise DataError(f"--variant {args.variant}: {args.model} has {', '.join(module.CONFIGS)}")
     args.out = choose_out(args)
-    path, data = starting_point(args)
-    config = dataclasses.asdict(module.CONFIGS[args.variant])
-    own = data.get("name") == args.model
-    if own and (args.resume is not None or args.eval_only or args.predict):
-        config, args.variant = dict(data["config"]), data["variant"]
-    recipe = dict(module.RECIPES.get(args.variant, module.RECIPES["paper"]))
-    if own and (args.resume is not None or args.eval_only or args.predict):
-        recipe = dict(data["recipe"])
-    args.recipe = recipe
+    path, data, continues = starting_point(args)
+    if continues:
+        args.variant, args.seed = data["variant"], data["seed"]
+        config, recipe = dict(data["config"]), dict(data["recipe"])
+    else:
+        config = dataclasses.asdict(module.CONFIGS[args.variant])
+        recipe = dict(module.RECIPES.get(args.variant, module.RECIPES["paper"]))
     override(args.set, config, recipe)
-    shares = args.world * args.accumulate
-    args.batch_size = args.batch_size or max(1, recipe["batch_size"] // shares)
-    classes = data["classes"] if own else None
+    args.recipe = recipe
+    args.batch_size = args.batch_size or max(
+        1, recipe["batch_size"] // args.world // args.accumulate
+    )
+    classes = data["classes"] if data.get("name") == args.model else None
     dataset, held_out = None, None
     if args.data or not args.predict:
         dataset, held_out = read_data(args, recipe, config, classes)
@@ -597,7 +592,7 @@ def run(args):
     classes = classes or [{"id": i, "name": f"class {i}"} for i in range(80)]
     net = make_net(args, module, config, len(classes))
     if path:
-        load_weights(net, module, args, path, data)
+        load_weights(net, module, args, path, data, continues)
     if args.predict:
         predict(args, net, recipe, classes)
     elif args.benchmark:
@@ -611,7 +606,11 @@ def run(args):
 
 def read_data(args, recipe, config, classes):
     """Training split (None if only evaluating) and the split to evaluate on."""
-    root, dataset = args.data or shapes_folder(args), None
+    root, dataset = args.data or "data/shapes", None
+    if not args.data and args.rank == 0:
+        coco.make_shapes(root)
+    if args.world > 1:
+        dist.barrier()
     if not args.eval_only:
         dataset = coco.CocoDataset(root, "train", coco.Transform(recipe, True), args.limit)
         classes = dataset.classes
@@ -636,33 +635,8 @@ def make_net(args, module, config, num_classes):
     return net.to(args.device, memory_format=torch.channels_last)
 
 
-def shapes_folder(args):
-    if args.rank == 0:
-        coco.make_shapes("data/shapes")
-    if args.world > 1:
-        dist.barrier()
-    return "data/shapes"
-
-
-def starting_point(args):
-    """Checkpoint to start from: its path and content, or None and an empty dict."""
-    path = args.init
-    if args.resume is not None:
-        path = args.resume or args.out / "last.pt"
-    elif not path and (args.eval_only or args.predict):
-        path = args.out / "best.pt"
-        path = path if path.exists() else args.out / "last.pt"
-        if not path.exists():
-            raise DataError(f"{path}: no such file; train first or give weights with --init FILE")
-    data = read_checkpoint(path) if path else {}
-    if args.resume is not None and (data.get("name") != args.model or "optimizer" not in data):
-        raise DataError(
-            f"{path}: not a checkpoint of a {args.model} run; start from it with --init"
-        )
-    return path, data
-
-
 def report(args, metrics):
+    """The closing table, and what lies in the run's folder."""
     if not metrics:
         return
     print("\n        " + "".join(f"{name:>8}" for name in coco.METRICS))
@@ -674,20 +648,12 @@ def report(args, metrics):
 
 def main(argv=None):
     args = parse_args(argv)
-    args.rank, args.world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
-        args.device = choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
-        tf32 = not (args.eval_only or args.predict)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        cuda = args.device.type == "cuda"
-        args.amp = args.amp or ("bf16" if bf16_pays(args) else "off")
-        if args.workers is None:
-            args.workers = (
-                min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if cuda else 0
-            )
-        if args.world > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
-        run(args)
+        if args.summary:
+            summary()
+        else:
+            settle(args)
+            run(args)
     except DataError as error:
         # A loader process wraps the message in its traceback: the last line is ours.
         line = str(error).strip().splitlines()[-1].removeprefix("coco.DataError: ")
