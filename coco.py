@@ -87,19 +87,29 @@ class CocoDataset(Dataset):
         try:
             data = json.loads(self.file.read_text(encoding="utf-8"))
             self.images = data["images"][:limit]
+            if bad := [x["id"] for x in self.images if not (x["width"] > 0 and x["height"] > 0)]:
+                raise DataError(f"{self.file}: image {bad[0]} has no width or height")
             categories = [{"id": c["id"], "name": c["name"]} for c in data["categories"]]
             self.classes = classes or categories
+            names = {c["id"]: c["name"] for c in self.classes}
+            for c in categories:
+                if names.get(c["id"], c["name"]) != c["name"]:
+                    was = f"{names[c['id']]} where the model was trained"
+                    raise DataError(f"{self.file}: category {c['id']} is {c['name']}, but {was}")
             self.label_of = {c["id"]: label for label, c in enumerate(self.classes)}
-            ids = {x["id"] for x in self.images if x["file_name"] and x["width"] and x["height"]}
+            ids = {x["id"] for x in self.images if x["file_name"]}
             annotations = [
                 {"iscrowd": 0, "segmentation": [], "area": math.prod(a["bbox"][2:])} | a
                 for a in data.get("annotations", [])
                 if a["image_id"] in ids and a["category_id"] in self.label_of
             ]
+            lengths = {len(a["bbox"]) for a in annotations}
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.file}: not a COCO annotation file ({error!r})") from None
         if not self.images:
             raise DataError(f"{self.file}: lists no images")
+        if lengths - {4}:
+            raise DataError(f"{self.file}: a bbox has not four numbers x, y, width, height")
         # Evaluation needs all, crowds too, with ids from 1: pycocotools takes 0 for "no match".
         annotations = [a | {"id": i} for i, a in enumerate(annotations, start=1)]
         self.truth = index(self.images, annotations, self.classes)
@@ -108,7 +118,7 @@ class CocoDataset(Dataset):
             for x in self.images
         ]
         used = sum(len(objects) for objects in self.objects)
-        bare = sum(not a["segmentation"] for a in annotations)
+        bare = sum(not any(a["segmentation"] or ()) for a in annotations)
         crowds = sum(a["iscrowd"] for a in annotations)
         self.has_masks = used > 0 and not bare
         self.notes = [f"{len(self.images)} images, {used} objects, {len(self.classes)} classes"]
@@ -151,7 +161,7 @@ class CocoDataset(Dataset):
         if self.transform:
             with torch.random.fork_rng(devices=[], enabled=seed is not None):
                 if seed is not None:
-                    torch.manual_seed(seed)
+                    torch.default_generator.manual_seed(seed)
                 image, target = self.transform(image, target)
         image, target = finish(image, target)
         return image, target | {"image_id": info["id"], "size": size}
@@ -390,8 +400,8 @@ SHAPES_SIZES = [(128, 128), (128, 160), (160, 128), (96, 160), (160, 96)]  # (H,
 def make_shapes(root, num_train=4000, num_val=500, seed=0):
     """Write the generated data set into folder root unless it is there; seed decides every file.
 
-    1-8 turned shapes of 10 to 72 pixels' radius, small ones more often, any colour, that hide at
-    most half of each other, on textured backgrounds. The folder appears only when complete.
+    1-8 slightly turned shapes of 12 to 77 pixels' radius in any bright colour, at least 60 % of
+    each visible, on dim textured backgrounds. The folder appears only when complete.
     """
     root = Path(root)
     if root.exists():
@@ -435,28 +445,36 @@ def draw_shapes(random):
     """One picture (H, W, 3) uint8 and its objects: list of (label, visible mask (H, W) bool)."""
     H, W = SHAPES_SIZES[random.integers(len(SHAPES_SIZES))]
     pixels = background(random, H, W)
-    objects, whole = [], []
-    for _ in range(min(8, random.geometric(0.3))):
+    objects, visible, whole = [], [], []
+    wanted = min(8, random.geometric(0.3))
+    for _ in range(4 * wanted):
+        if len(objects) == wanted:
+            break
         label = int(random.integers(len(SHAPES)))
-        radius = min(12 + 60 * random.uniform(), 0.5 * min(H, W))
+        radius = min(12 + 66 * random.uniform(), 0.6 * min(H, W))
         cy, cx = random.uniform(0.8 * radius, [H - 0.8 * radius, W - 0.8 * radius])
-        mask = np.zeros((H, W), dtype=bool)
         top, left = max(0, int(cy - radius)), max(0, int(cx - radius))
         window = np.s_[top : int(cy + radius) + 2, left : int(cx + radius) + 2]
-        y, x = np.indices(mask[window].shape, dtype=np.float32)
+        y, x = np.indices(pixels[window].shape[:2], dtype=np.float32)
         y, x = (y + top - cy) / radius, (x + left - cx) / radius
         angle = random.uniform(-0.4, 0.4)
         u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-        mask[window] = inside = list(SHAPES.values())[label](u, v)
-        visible = [(old_label, old & ~mask) for old_label, old in objects]
-        if any(new.sum() < 0.6 * area for (_, new), area in zip(visible, whole, strict=True)):
+        inside = list(SHAPES.values())[label](u, v)
+        hidden = [(old[window] & inside).sum() for _, old in objects]
+        rest = [n - h for n, h in zip(visible, hidden, strict=True)]
+        if any(n < 0.6 * area for n, area in zip(rest, whole, strict=True)):
             continue  # would hide too much of an earlier object
+        for _, old in objects:
+            old[window] &= ~inside
+        mask = np.zeros((H, W), dtype=bool)
+        mask[window] = inside
+        objects.append((label, mask))
+        visible, whole = [*rest, inside.sum()], [*whole, inside.sum()]
         behind = pixels[mask].mean(axis=0)
         color = random.uniform(90, 255, 3)
         while abs(color - behind).max() < 70:  # can be told from what is behind it
             color = random.uniform(90, 255, 3)
         pixels[mask] = color * (1 + random.choice([-0.15, 0.15]) * u[inside])[:, None]
-        objects, whole = [*visible, (label, mask)], [*whole, mask.sum()]
     pixels += 6 * random.standard_normal(pixels.shape, dtype=np.float32)
     return pixels.clip(0, 255).astype(np.uint8), objects
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import (
     Conv2dNormActivation,
     FeaturePyramidNetwork,
+    StochasticDepth,
     batched_nms,
     box_convert,
     box_iou,
@@ -74,7 +75,7 @@ PAPER = dict(
     crop=(384, 600),  # every second image: short side 400-600, then a crop with sides in this range
 )
 RECIPES = {
-    "nano": dict(lr=1e-3, batch_size=4, lr_spread=2.0, weight_decay=0.05, clip=1.0, epochs=0.9,
+    "nano": dict(lr=1e-3, batch_size=4, lr_spread=2.0, weight_decay=0.05, clip=1.0, epochs=0.85,
                  warmup=50, schedule="cosine", sizes=(), max_size=320, crop=()),
     "paper": PAPER,
     "large": PAPER | dict(lr_spread=3.5),
@@ -82,20 +83,6 @@ RECIPES = {
 # fmt: on
 
 # --- 2. Shared blocks -----------------------------------------------------------------------------
-
-
-class DropPath(nn.Module):
-    """Drop a residual branch for whole samples (stochastic depth, arXiv:1603.09382)."""
-
-    def __init__(self, rate):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x):
-        if self.rate == 0 or not self.training:
-            return x
-        keep = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * keep / (1 - self.rate)
 
 
 class Mlp(nn.Module):
@@ -118,6 +105,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim, num_heads):
         super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"width {dim} cannot be shared by {num_heads} heads")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -139,7 +128,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = StochasticDepth(drop_path, "row")  # arXiv:1603.09382
 
     def forward(self, x, mask=None):
         x = x + self.drop_path(self.attn(self.norm1(x), mask))
@@ -390,7 +379,7 @@ def pool_rois(maps, boxes_per_image, size, scale):
         index = (level == i).nonzero()[:, 0]
         # In float32 under autocast too: a bfloat16 coordinate of 200 is only good to a pixel.
         crops = roi_align(x.float(), rois[index], size, 1 / (4 * 2**i), 0, aligned=True)
-        pooled = pooled.index_copy(0, index, crops)
+        pooled[index] = crops
     return pooled
 
 
@@ -407,10 +396,12 @@ def paste_masks(probs, boxes_xyxy, size):
         return (1 - (cell[:, :, None] - index).abs()).clamp(min=0)
 
     x0, y0, x1, y1 = boxes_xyxy.unbind(1)
+    masks = torch.zeros(len(probs), *size, dtype=torch.bool, device=probs.device)
+    rows, columns = weights(y0, y1, size[0]), weights(x0, x1, size[1])
     with torch.autocast(probs.device.type, enabled=False):
-        rows, columns = weights(y0, y1, size[0]), weights(x0, x1, size[1])
-        pasted = rows @ probs.float() @ columns.transpose(1, 2)  # (D, H, W)
-    return pasted >= 0.5
+        for mask, row, p, column in zip(masks, rows, probs.float(), columns, strict=True):
+            mask.copy_(row @ p @ column.T >= 0.5)
+    return masks
 
 
 # --- 5. Heads and losses --------------------------------------------------------------------------
@@ -581,7 +572,8 @@ class MIMDet(nn.Module):
                         nn.init.zeros_(layer.bias)
         nn.init.kaiming_uniform_(self.box_head.fc1.weight, a=1)
         outputs = [self.rpn.objectness_logits, self.rpn.anchor_deltas, self.box_head.cls_score]
-        for layer in outputs:  # Detectron2's initial values
+        # Differs: Detectron2 begins the RPN's hidden layers at std 0.01 too.
+        for layer in outputs:
             nn.init.normal_(layer.weight, std=0.01)
         for layer in [self.box_head.bbox_pred, *([self.mask_head.predictor] if c.masks else [])]:
             nn.init.normal_(layer.weight, std=0.001)
@@ -753,8 +745,7 @@ def from_official(state_dict, config=CONFIGS["base"]):
             vit[("decoder." if key.startswith(("decoder_", "mask_")) else "encoder.") + key] = value
     for key in [key for key in vit if key.endswith("pos_embed")]:
         table, side = vit[key], math.isqrt(vit[key].shape[1])
-        row = table[:, : table.shape[1] - side * side] if side > 1 else table[:, :1]
-        row = row[:, :1] if row.shape[1] else torch.zeros_like(table[:, :1])  # ours always has one
+        row = F.pad(table[:, : -side * side], (0, 0, 0, 1))[:, :1]  # the class token's, or zeros
         table = resize_grid(table[:, -side * side :], (side, side), (config.grid, config.grid))
         vit[key] = torch.cat([row, table], dim=1)
     return vit

@@ -73,14 +73,6 @@ def test_attention_is_softmax_of_qk_times_v():
     torch.testing.assert_close(attention(x, mask)[:, :3], attention(x[:, :3]))
 
 
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    drop, x = mimdet.DropPath(0.25).train(), torch.ones(10000, 2)
-    y = drop(x)
-    assert y.unique().tolist() == pytest.approx([0, 1 / 0.75])
-    assert (y[:, 0] == y[:, 1]).all() and abs(y.mean() - 1) < 0.05
-    assert drop.eval()(x) is x
-
-
 def test_boxes_survive_encoding_and_decoding():
     anchors = torch.tensor([[0.0, 0, 10, 20], [5, 5, 50, 30]])
     boxes = torch.tensor([[3.0, 2, 9, 40], [0, 0, 60, 60]])
@@ -164,12 +156,16 @@ def test_levels_of_crops_follow_the_size_of_the_box():
 
 
 @pytest.mark.parametrize(
-    ("variant", "parameters", "trainable"),
-    [("base", 127_954_768, 124_753_488), ("large", 349_332_080, 345_490_544)],
+    ("variant", "num_classes", "parameters", "trainable"),
+    [
+        ("nano", 6, 3_917_964, 3_854_924),
+        ("base", 80, 127_954_768, 124_753_488),
+        ("large", 80, 349_332_080, 345_490_544),
+    ],
 )
-def test_parameters_are_as_many_as_published(variant, parameters, trainable):
+def test_parameters_are_as_many_as_published(variant, num_classes, parameters, trainable):
     with torch.device("meta"):
-        net = mimdet.build(variant, num_classes=80)
+        net = mimdet.build(variant, num_classes)
     assert sum(p.numel() for p in net.parameters()) == parameters
     assert sum(p.numel() for p in net.parameters() if p.requires_grad) == trainable
     norms = [
@@ -261,6 +257,7 @@ def test_company_does_not_change_a_prediction(calibrated):
 def test_sizes_scale_the_answer(calibrated):
     image = example((64, 96))[0]
     small, large = calibrated(image)[0], calibrated(image, sizes=[(128, 192)])[0]
+    assert len(small["boxes"]) > 0
     torch.testing.assert_close(small["boxes"] * 2, large["boxes"])
     assert large["masks"].shape[1:] == (128, 192)
 

@@ -40,7 +40,7 @@ def parse_args(argv):
     add = parser.add_argument
     add("--model", choices=MODELS, default="mimdet")
     add("--variant", default="nano", help="a name in the model's CONFIGS")
-    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="of Config or recipe")
+    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE")
     add("--data", help="folder in COCO format; generated shapes by default")
     add("--out", help="folder of this run; runs/MODEL-VARIANT by default")
     add("--epochs", type=float, help="length of the schedule; the recipe's by default")
@@ -52,7 +52,7 @@ def parse_args(argv):
     add("--eval-on", choices=["val", "train"], default="val")
     add("--workers", type=int, help="loader processes; as many as help by default")
     add("--device", help="cuda, mps or cpu; the first there is by default")
-    add("--amp", choices=["off", "bf16"], help="bf16 by default where fast, not in --eval-only")
+    add("--amp", choices=["off", "bf16"], help="by default bf16 in training where fast")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--seed", type=int, default=0)
     add("--init", metavar="FILE", help="start from weights: the authors' or this project's")
@@ -76,7 +76,7 @@ def override(settings, *tables):
             raise DataError(f"--set {setting}: give FIELD=VALUE with a field of {known}")
         try:
             table[name] = parse_value(text, table[name])
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, IndexError):
             now = f"{name} is now {table[name]!r}, give a value like it"
             raise DataError(f"--set {setting}: {now}") from None
 
@@ -86,7 +86,7 @@ def parse_value(text, old):
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     if isinstance(old, int | float):
         return type(old)(text)
-    if any(c.isalpha() for c in text):
+    if text == "cosine" or (isinstance(old, str) and not text[0].isdigit()):
         return text
     return tuple(float(x) if "." in x else int(x) for x in text.split(",") if x)
 
@@ -135,7 +135,7 @@ def settle(args):
     args.device = choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     answers = args.eval_only or args.predict  # in full precision
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not answers
-    pays = bf16_pays(args.device) and not args.eval_only
+    pays = bf16_pays(args.device) and not answers
     args.amp = args.amp or ("bf16" if pays else "off")
     if args.workers is None:
         share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -231,11 +231,12 @@ def make_loader(args, dataset, **kwargs):
 
 
 def to_device(batch, device):
-    def move(x):
-        return x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
-
     images, targets = batch
-    return [move(x) for x in images], [{k: move(v) for k, v in t.items()} for t in targets]
+    targets = [
+        {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in t.items()}
+        for t in targets
+    ]
+    return [image.to(device) for image in images], targets
 
 
 def autocast(args):
@@ -268,8 +269,9 @@ def evaluate(args, net, dataset, tag):
     metrics = coco.evaluate(dataset, results)
     write_json(args.out / "detections.json", results)
     coco.save_pictures(args.out / f"{tag}.png", comparison(dataset, drawn))
-    shown = "  ".join(f"{name} {n_a(value)}" for name, value in metrics.items())
-    print(f"{tag}  {shown}  ({len(dataset)} images, {duration(time.time() - began)})", flush=True)
+    by_size = ("APs", "APm", "APl")
+    line = "  ".join(f"{k} {n_a(v)}" for k, v in metrics.items() if not k.endswith(by_size))
+    print(f"{tag}  {line}  ({len(dataset)} images, {duration(time.time() - began)})", flush=True)
     return metrics
 
 
@@ -320,6 +322,8 @@ def plan(args, recipe, dataset):
     if args.epochs or not args.steps:
         args.schedule = max(1, round((args.epochs or recipe["epochs"]) * args.per_epoch))
         args.steps = min(args.steps or args.schedule, args.schedule)
+    if isinstance(recipe["schedule"], str) and recipe["schedule"] != "cosine":
+        raise DataError(f"--set schedule={recipe['schedule']}: give cosine, or parts like 0.75,0.9")
     how = "as given" if args.lr else f"{recipe['lr']:g} x {total}/{recipe['batch_size']} images"
     args.lr = args.lr or recipe["lr"] * total / recipe["batch_size"]
     length = f"{args.steps} steps of {total} images, {args.steps / args.per_epoch:.3g} epochs"
@@ -373,23 +377,26 @@ def train(args, module, recipe, net, data, dataset, held_out):
     start, stop = (step * args.accumulate for step in (progress["step"], args.steps))
     order = coco.Batches(dataset, args.batch_size, start, stop, args.seed, args.rank, args.world)
     batches = iter(make_loader(args, dataset, batch_sampler=order))
-    eval_every = max(1, args.schedule // EVALUATIONS)
+    eval_every = math.ceil(args.schedule / EVALUATIONS)
     log = Log(args, progress["step"], every=max(1, min(50, eval_every // 4)))
     interrupted = []
     # The first Ctrl-C ends the run after this step, the second at once.
     handler = lambda *_: interrupted.append(1) if not interrupted else sys.exit(130)  # noqa: E731
     signal.signal(signal.SIGINT, handler)
-    clock = saved = time.time()
-    metrics = None
+    saved = time.time()
+    began, metrics = saved - progress["seconds"], None
+    if progress["step"] >= args.steps:  # resumed after the last step
+        metrics = evaluate(args, net, held_out, "end")
+        keep_best(args, net, optimizer, dataset, progress, metrics, log)
     for step in range(progress["step"], args.steps):
         losses = train_step(args, model, optimizer, recipe, batches, step)
         done = progress["step"] = step + 1
         progress["images_seen"] += args.total_batch
+        progress["seconds"] = time.time() - began
         log.step(done, losses, optimizer)
         stops = on_any_rank(args, bool(interrupted))
         evaluates = (done % eval_every == 0 or done == args.steps) and not stops
         if evaluates or stops or time.time() - saved > SAVE_SECONDS:
-            progress["seconds"], clock = progress["seconds"] + time.time() - clock, time.time()
             save_run(args, "last.pt", net, optimizer, dataset, progress)
             saved = time.time()
         if stops:
@@ -398,10 +405,12 @@ def train(args, module, recipe, net, data, dataset, held_out):
             sys.exit(130)
         if evaluates:
             metrics = evaluate(args, net, held_out, f"epoch-{done / args.per_epoch:06.2f}")
-            progress["seconds"], clock = progress["seconds"] + time.time() - clock, time.time()
+            progress["seconds"] = time.time() - began
             keep_best(args, net, optimizer, dataset, progress, metrics, log)
             save_run(args, "last.pt", net, optimizer, dataset, progress)
             saved = log.clock = time.time()
+            log.shown = done
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return metrics
 
 
@@ -506,10 +515,8 @@ def summary():
             with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
                 net = module.build(config, 80).eval()
                 net.dense([torch.rand(3, *size)])
-            total, trainable = (
-                sum(p.numel() for p in net.parameters() if p.requires_grad >= flag)
-                for flag in (0, 1)
-            )
+            total = sum(p.numel() for p in net.parameters())
+            trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
             flops = counter.get_total_flops() / 1e9
             row = f"{name:8} {variant:10} {total:13,} {trainable:13,}"
             print(f"{row} {size[0]:4}x{size[1]:<4} {flops:9,.1f}")
@@ -545,8 +552,7 @@ def benchmark(args, module, recipe, net, dataset):
         for _ in range(args.steps or 7):
             began = time.perf_counter()
             work()
-            if args.device.type == "cuda":
-                torch.cuda.synchronize()
+            getattr(torch, args.device.type).synchronize()
             times.append(time.perf_counter() - began)
         seconds = statistics.median(times[1:] or times)  # the first warms up
         speed = f"{len(images) / seconds:8.2f} images/s  {1000 * seconds:9.1f} ms"

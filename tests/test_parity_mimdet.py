@@ -171,7 +171,8 @@ def test_losses_and_gradients_equal_the_released_ones(detector, case, monkeypatc
     model = copy.deepcopy(detector).train()
     model.encoder.eval(), model.decoder.eval()
     # "all": nothing is subsampled; "first": random choices take the first ones.
-    model.config = replace(model.config, roi_batch=81840 if case == "all" else 512)
+    if case == "all":
+        model.config = replace(model.config, rpn_batch=40920, roi_batch=81840)
     monkeypatch.setattr(torch, "randperm", lambda n, device=None: torch.arange(n, device=device))
     images = raw_images()
     targets = []

@@ -126,22 +126,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 2
 
 
-def test_evaluation_alone_repeats_the_last_one(finished, shapes, capsys):
-    before = json.loads((finished / "result.json").read_text())
-    assert (
-        run(
-            "--data",
-            shapes,
-            "--out",
-            finished,
-            "--eval-only",
-            "--init",
-            finished / "last.pt",
-            tiny=False,
-        )
-        == 0
+def test_evaluation_alone_repeats_the_last_one(finished, shapes, tmp_path, capsys):
+    args = ("--data", shapes, "--out", tmp_path, "--eval-only", "--init", finished / "last.pt")
+    assert run(*args, tiny=False) == 0
+    before, after = (
+        json.loads((path / "detections.json").read_text()) for path in (finished, tmp_path)
     )
-    assert f"{before['AP']:.3f}" in capsys.readouterr().out
+    assert after == before and len(after) > 0
+
+
+def test_a_run_evaluates_as_often_as_promised(shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "EVALUATIONS", 4)
+    assert run("--data", shapes, "--out", tmp_path / "run", "--steps", 11) == 0
+    steps = [line["step"] for line in log_of(tmp_path / "run") if "AP" in line]
+    assert steps == [3, 6, 9, 11]
+    # after the last step --resume evaluates once more
+    capsys.readouterr()
+    assert run("--data", shapes, "--out", tmp_path / "run", "--steps", 11, "--resume") == 0
+    assert "boxes" in capsys.readouterr().out
 
 
 def test_predict_draws_on_any_picture(finished, shapes, tmp_path, capsys):
@@ -221,6 +223,9 @@ def test_a_malicious_or_foreign_file_is_refused(finished, shapes, tmp_path, caps
         (["--set", "depht=3"], "--set depht=3: give FIELD=VALUE with a field of embed_dim"),
         (["--set", "depth=many"], "depth is now 4, give a value like it"),
         (["--set", "depth"], "give FIELD=VALUE"),
+        (["--set", "schedule=cosin"], "--set schedule=cosin: give cosine, or parts like 0.75,0.9"),
+        (["--set", "crop=none"], "crop is now (), give a value like it"),
+        (["--set", "depth=2", "--set", "num_heads=5"], "width 192 cannot be shared by 5 heads"),
         (["--set", "fill=foam"], 'fill must be "conv" or "mask", not "foam"'),
         (["--variant", "huge"], "--variant huge: mimdet has nano, base, large"),
         (["--data", "nowhere"], "nowhere: no train split"),
@@ -250,6 +255,7 @@ def test_set_changes_config_and_recipe_by_type():
     train.override(words, config, recipe)
     assert config == {"ratio": 1.0, "depth": 6, "on": False, "fill": "mask"}
     assert recipe == {"sizes": (320, 352), "schedule": (0.5, 0.9)}
+    assert train.parse_args(["--set", "a=1", "b=2", "--set", "c=3"]).set == ["a=1", "b=2", "c=3"]
 
 
 def test_schedules():
