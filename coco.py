@@ -126,7 +126,7 @@ class CocoDataset(Dataset):
             self.notes.append(f"{crowds} crowd regions count in evaluation only")
         if dropped := len(annotations) - crowds - used:
             self.notes.append(f"{dropped} boxes without area inside their image dropped")
-        if 0 < bare < len(annotations):
+        if bare and any(a["segmentation"] for objects in self.objects for a in objects):
             self.notes.append(f"{bare} objects have no segmentation: masks are not used")
 
     @staticmethod
