@@ -446,7 +446,7 @@ def draw_shapes(random):
     H, W = SHAPES_SIZES[random.integers(len(SHAPES_SIZES))]
     pixels = background(random, H, W)
     objects, visible, whole = [], [], []
-    wanted = min(8, random.geometric(0.3))
+    wanted = min(8, random.geometric(0.5))
     for _ in range(4 * wanted):
         if len(objects) == wanted:
             break
