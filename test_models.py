@@ -303,18 +303,20 @@ def test_portrait_and_landscape_have_different_position_tables(model):
 
 
 def test_overfits_one_batch(model):
-    """40 steps bring the loss below 0.6 of where it began."""
+    """100 steps on two images with a bright square each bring the loss to half of where it began."""
     torch.manual_seed(0)
     images, targets = example((64, 64), (64, 96), objects=1)
+    for image, target in zip(images, targets, strict=True):
+        image[:] = 0.2 + 0.7 * target["masks"][0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     totals = []
-    for _ in range(40):
+    for _ in range(100):
         loss = sum(model.train()(images, targets).values())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         totals.append(loss.item())
-    assert sum(totals[-5:]) / 5 < 0.6 * totals[0], totals
+    assert sum(totals[-5:]) / 5 < 0.5 * totals[0], totals
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
