@@ -303,7 +303,7 @@ def test_portrait_and_landscape_have_different_position_tables(model):
 
 
 def test_overfits_one_batch(model):
-    """100 steps on two images with a bright square each bring the loss to half of where it began."""
+    """100 steps on two images with a bright square each halve the loss."""
     torch.manual_seed(0)
     images, targets = example((64, 64), (64, 96), objects=1)
     for image, target in zip(images, targets, strict=True):
