@@ -25,6 +25,7 @@ TINY = replace(
     decoder_dim=64,
     fpn_dim=16,
     proposals=20,
+    rpn_batch=8,
     roi_batch=16,
 )
 
@@ -71,6 +72,14 @@ def test_attention_is_softmax_of_qk_times_v():
     torch.testing.assert_close(attention(x), expected)
     mask = torch.tensor([[True, True, True, False, False]])
     torch.testing.assert_close(attention(x, mask)[:, :3], attention(x[:, :3]))
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    drop, x = mimdet.Block(8, 2, drop_path=0.25).drop_path.train(), torch.ones(10000, 2)
+    y = drop(x)
+    assert y.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert (y[:, 0] == y[:, 1]).all() and abs(y.mean() - 1) < 0.05
+    assert drop.eval()(x) is x
 
 
 def test_boxes_survive_encoding_and_decoding():
@@ -303,20 +312,18 @@ def test_portrait_and_landscape_have_different_position_tables(model):
 
 
 def test_overfits_one_batch(model):
-    """100 steps on two images with a bright square each halve the loss."""
+    """40 steps bring the loss below 0.6 of where it began."""
     torch.manual_seed(0)
     images, targets = example((64, 64), (64, 96), objects=1)
-    for image, target in zip(images, targets, strict=True):
-        image[:] = 0.2 + 0.7 * target["masks"][0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     totals = []
-    for _ in range(100):
+    for _ in range(40):
         loss = sum(model.train()(images, targets).values())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         totals.append(loss.item())
-    assert sum(totals[-5:]) / 5 < 0.5 * totals[0], totals
+    assert sum(totals[-5:]) / 5 < 0.6 * totals[0], totals
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------

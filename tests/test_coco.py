@@ -328,7 +328,7 @@ def test_shapes_are_what_they_promise():
     assert len(labels) == len(coco.SHAPES) == 6
     assert min(counts) == 1 and 6 <= max(counts) <= 8
     small, large = (np.array(areas) < 32**2).mean(), (np.array(areas) > 96**2).mean()
-    assert 0.2 < small < 0.6 and 0 < large < 0.1
+    assert 0.3 < small < 0.6 and 0 < large < 0.1
     assert len({pixels.shape for pixels, _ in pictures}) == len(coco.SHAPES_SIZES)
     for _, objects in pictures:
         masks = np.stack([mask for _, mask in objects])
