@@ -75,6 +75,7 @@ PAPER = dict(
     crop=(384, 600),  # every second image: short side 400-600, then a crop with sides in this range
 )
 RECIPES = {
+    # nano: images keep their own size (sizes=()) up to a long side of 320.
     "nano": dict(lr=1e-3, batch_size=4, lr_spread=2.0, weight_decay=0.05, clip=1.0, epochs=0.85,
                  warmup=50, schedule="cosine", sizes=(), max_size=320, crop=()),
     "paper": PAPER,
@@ -571,9 +572,8 @@ class MIMDet(nn.Module):
                     if layer.bias is not None:
                         nn.init.zeros_(layer.bias)
         nn.init.kaiming_uniform_(self.box_head.fc1.weight, a=1)
-        outputs = [self.rpn.objectness_logits, self.rpn.anchor_deltas, self.box_head.cls_score]
         # Differs: Detectron2 begins the RPN's hidden layers at std 0.01 too.
-        for layer in outputs:
+        for layer in [self.rpn.objectness_logits, self.rpn.anchor_deltas, self.box_head.cls_score]:
             nn.init.normal_(layer.weight, std=0.01)
         for layer in [self.box_head.bbox_pred, *([self.mask_head.predictor] if c.masks else [])]:
             nn.init.normal_(layer.weight, std=0.001)
