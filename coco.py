@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
 import PIL.ImageOps
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -181,18 +182,26 @@ def finish(image, target):
 # --- 2. Transform ---------------------------------------------------------------------------------
 
 
-def resized(h, w, short, longest):
-    """Size with short side `short`, or long side `longest` if smaller (Detectron2's rounding)."""
-    scale = min(short / min(h, w), longest / max(h, w))
-    return max(1, int(h * scale + 0.5)), max(1, int(w * scale + 0.5))
+def resized(h, w, short, longest, multiple=1):
+    """Size with short side `short`, or long side `longest` if smaller.
+
+    Rounded as in Detectron2, or with a multiple as in DETR, then cut to multiples as in YOLOS.
+    """
+    low, high = min(h, w), max(h, w)
+    if multiple == 1:
+        scale = min(short / low, longest / high)
+        return max(1, int(h * scale + 0.5)), max(1, int(w * scale + 0.5))
+    if short * high / low > longest:
+        short = round(longest * low / high)
+    return tuple(max(multiple, int(short * s / low) // multiple * multiple) for s in (h, w))
 
 
 class Transform:
     """A recipe's resizing and, in training, random flip and crop; masks and boxes follow.
 
     recipe: sizes (short sides in pixels; one is drawn in training, the last serves evaluation;
-    empty: the image's own), max_size (of the long side), crop (smallest and largest side, of every
-    second image; empty: none).
+    empty: the image's own), max_size (of the long side at the largest short side), multiple (of
+    which both sides are), crop (smallest and largest side, of every second image; empty: none).
     """
 
     def __init__(self, recipe, train):
@@ -209,12 +218,14 @@ class Transform:
                 size = [int(torch.randint(*limit, ())) for limit in limits]
                 image, target = v2.RandomCrop(size)(image, target)
         sizes = r["sizes"] or [min(image.shape[-2:])]
-        short = choice(sizes) if self.train else sizes[-1]
-        return self.resize(image, target, short, r["max_size"])
+        short, longest = sizes[-1], r["max_size"] * sizes[-1] // max(sizes)
+        if self.train:
+            short, longest = choice(sizes), r["max_size"]
+        return self.resize(image, target, short, longest, r["multiple"])
 
     @staticmethod
-    def resize(image, target, short, longest=math.inf):
-        size = resized(*image.shape[-2:], short, longest)
+    def resize(image, target, short, longest=math.inf, multiple=1):
+        size = resized(*image.shape[-2:], short, longest, multiple)
         return v2.Resize(size)(image, target) if size != image.shape[-2:] else (image, target)
 
 
@@ -295,6 +306,8 @@ def to_results(dataset, target, output):
         dict(image_id=target["image_id"], category_id=i, bbox=box, score=score)
         for i, box, score in zip(ids, boxes, scores, strict=True)
     ]
+    for result, token in zip(results, output.get("tokens", ()), strict=False):
+        result["token"] = int(token)  # which [DET] token answered
     if "masks" in output:
         masks = output["masks"].permute(1, 2, 0).to("cpu", torch.uint8).numpy()
         for result, rle in zip(results, mask_api.encode(np.asfortranarray(masks)), strict=True):
@@ -382,6 +395,58 @@ def save_pictures(path, rows):
             _, h, w = picture.shape
             canvas[:, i * height : i * height + h, j * width : j * width + w] = picture
     PIL.Image.fromarray(canvas.permute(1, 2, 0).numpy()).save(path)
+
+
+def draw_attention(image, box_xyxy, maps):
+    """Image (3, H, W) in [0, 1] with a box, then the image lit by each attention map (h, w)."""
+    zoom = max(1, round(320 / max(image.shape[-2:])))
+    image, box_xyxy = (
+        image.cpu().repeat_interleave(zoom, 1).repeat_interleave(zoom, 2),
+        box_xyxy * zoom,
+    )
+    height, width = image.shape[-2:]
+    maps = (maps / maps.amax(dim=(1, 2), keepdim=True)).cpu()
+    light = v2.functional.resize(maps, (height, width), interpolation=PIL.Image.Resampling.BILINEAR)
+    first = draw_bounding_boxes((image * 255).byte(), box_xyxy.cpu()[None], colors="red", width=2)
+    return [first, *((image * (0.15 + 0.85 * m)).mul(255).byte() for m in light)]
+
+
+def draw_tokens(path, dataset, results, side=120):
+    """One panel a [DET] token: centres of its boxes, and below how often it named each class.
+
+    Colours: COCO's small boxes blue, medium ones green, large ones red. The first panel shows the
+    ground truth. results: detections with a token, see to_results.
+    """
+    size_of = {image["id"]: (image["width"], image["height"]) for image in dataset.images}
+    panels = {"truth": [a for a in dataset.truth.dataset["annotations"] if not a["iscrowd"]]}
+    for result in sorted(results, key=lambda r: r["token"]):
+        panels.setdefault(f"token {result['token']}", []).append(result)
+    pictures = []
+    for name, found in panels.items():
+        panel = PIL.Image.new("RGB", (side, side + 60), "white")
+        pen = PIL.ImageDraw.Draw(panel)
+        for x, y, w, h, image_id in ((*r["bbox"], r["image_id"]) for r in found):
+            color = ("blue", "green", "red")[(w * h >= 32**2) + (w * h >= 96**2)]
+            at = [
+                side * (p + d / 2) / s
+                for p, d, s in zip((x, y), (w, h), size_of[image_id], strict=True)
+            ]
+            pen.ellipse([at[0] - 1, at[1] - 1, at[0] + 1, at[1] + 1], color)
+        counts = np.bincount(
+            [dataset.label_of[r["category_id"]] for r in found], minlength=len(dataset.classes)
+        )
+        bar = side / len(counts)
+        for label, share in enumerate(counts / counts.max()):
+            top = side + 44 - 40 * share
+            pen.rectangle(
+                [bar * label, top, max(bar * label, bar * (label + 1) - 2), side + 44],
+                COLORS[label % len(COLORS)],
+            )
+        pen.rectangle([0, 0, side - 1, side - 1], outline="black")
+        pen.text((2, side + 46), f"{name}: {len(found)}", "black")
+        pictures.append(torch.from_numpy(np.array(panel)).permute(2, 0, 1))
+    columns = math.ceil(math.sqrt(1.6 * len(pictures)))
+    save_pictures(path, [pictures[i : i + columns] for i in range(0, len(pictures), columns)])
 
 
 # --- 6. Shapes ------------------------------------------------------------------------------------

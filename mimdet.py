@@ -71,13 +71,13 @@ PAPER = dict(
     epochs=36, warmup=469,  # steps
     schedule=(0.75, 0.9167),  # lr x 0.1 at these parts of the run; "cosine" is the other choice
     sizes=(480, 512, 544, 576, 608, 640, 736, 768, 800),  # short sides; no 672, 704, as released
-    max_size=1333,
+    max_size=1333, multiple=1,  # long sides; sides need be no multiple of anything
     crop=(384, 600),  # every second image: short side 400-600, then a crop with sides in this range
 )
 RECIPES = {
     # nano: images keep their own size (sizes=()) up to a long side of 320.
     "nano": dict(lr=1e-3, batch_size=4, lr_spread=2.0, weight_decay=0.05, clip=1.0, epochs=0.85,
-                 warmup=50, schedule="cosine", sizes=(), max_size=320, crop=()),
+                 warmup=50, schedule="cosine", sizes=(), max_size=320, multiple=1, crop=()),
     "paper": PAPER,
     "large": PAPER | dict(lr_spread=3.5),
 }

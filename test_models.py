@@ -1,6 +1,7 @@
 """What a class runs: do the models do what their files say? CPU, no data, no network."""
 
 import ast
+import itertools
 import math
 import re
 import sys
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torchvision.ops import box_iou
+from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 import mimdet
+import yolos
 
 ROOT = Path(__file__).parent
 FILES = [ROOT / f"{name}.py" for name in ("simmim", "mimdet", "yolos", "pvt")]
@@ -27,6 +29,9 @@ TINY = replace(
     proposals=20,
     rpn_batch=8,
     roi_batch=16,
+)
+TINY_YOLOS = replace(
+    yolos.CONFIGS["nano"], embed_dim=32, depth=2, num_heads=2, det_tokens=7, pos_grid=(4, 4)
 )
 
 
@@ -326,6 +331,193 @@ def test_overfits_one_batch(model):
     assert sum(totals[-5:]) / 5 < 0.6 * totals[0], totals
 
 
+# --- YOLOS ----------------------------------------------------------------------------------------
+
+
+def yolos_model(seed=0, **fields):
+    torch.manual_seed(seed)
+    return yolos.build(replace(TINY_YOLOS, **fields), num_classes=3)
+
+
+PLAIN = dict(stem="patch", anchors=False, xavier=False, mid_pos_grid=(4, 6))
+
+
+@pytest.mark.parametrize(
+    ("variant", "with_91_classes", "with_80"),
+    [
+        ("nano", 2_231_978, 2_229_855),
+        ("tiny", 6_488_736, 6_486_613),
+        ("small", 30_684_768, 30_680_533),
+        ("small_dwr", 27_561_696, 27_558_055),
+        ("base", 127_798_368, 127_789_909),
+    ],
+)
+def test_yolos_has_as_many_parameters_as_published(variant, with_91_classes, with_80):
+    for num_classes, parameters in ((91, with_91_classes), (80, with_80)):
+        with torch.device("meta"):
+            net = yolos.build(variant, num_classes)
+        assert sum(p.numel() for p in net.parameters()) == parameters
+    assert {m.eps for m in net.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
+
+
+def test_yolos_decays_what_the_released_code_decays():
+    with torch.device("meta"):
+        model = yolos.build("small", 91)
+    names = {id(p): name for name, p in model.named_parameters()}
+    exempt = set()
+    for group in yolos.param_groups(model, yolos.RECIPES["paper"]):
+        assert group["lr_scale"] == 1 and group["weight_decay"] in (0, 1e-4)
+        if group["weight_decay"] == 0:
+            exempt |= {names[id(p)] for p in group["params"]}
+    tokens = {f"backbone.{name}" for name in ("pos_embed", "cls_token", "det_token")}
+    assert tokens <= exempt and "backbone.mid_pos_embed" not in exempt
+    assert {"bbox_embed.layers.0.bias", "class_embed.layers.2.bias"} & exempt == set()
+    assert {"backbone.blocks.3.norm1.weight", "backbone.blocks.3.attn.qkv.bias"} <= exempt
+    assert all(model.get_parameter(name).ndim == 1 or name in tokens for name in exempt)
+
+
+def test_hungarian_matching_equals_brute_force():
+    torch.manual_seed(0)
+    logits, boxes = torch.randn(2, 5, 4), torch.rand(2, 5, 4) * 0.4 + 0.2
+    targets = [
+        dict(labels=torch.randint(3, (m,)), boxes_norm=torch.rand(m, 4) * 0.4 + 0.2) for m in (3, 0)
+    ]
+    pairs = yolos.hungarian_match(logits, boxes, targets)
+
+    def cost(query, item):
+        box, wanted = boxes[0, query], targets[0]["boxes_norm"][item]
+        corners = (box_convert(b[None], "cxcywh", "xyxy") for b in (box, wanted))
+        probability = logits[0, query].softmax(dim=0)[targets[0]["labels"][item]]
+        giou = generalized_box_iou(*corners)
+        return (5 * (box - wanted).abs().sum() - probability - 2 * giou).item()
+
+    best = min(
+        sum(cost(query, item) for item, query in enumerate(queries))
+        for queries in itertools.permutations(range(5), 3)
+    )
+    assert sum(cost(query, item) for query, item in zip(*pairs[0], strict=True)) == pytest.approx(
+        best
+    )
+    assert [len(side) for side in pairs[1]] == [0, 0]
+
+
+def test_more_objects_than_det_tokens_are_matched_as_far_as_the_tokens_go():
+    images, targets = example((64, 64), objects=9)
+    losses = yolos_model()(images, targets)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+@pytest.mark.parametrize("fields", [{}, PLAIN], ids=["nano", "plain"])
+def test_every_parameter_of_yolos_gets_a_finite_gradient(fields):
+    model = yolos_model(**fields, checkpoint=True).train()
+    losses = model(*example((64, 96), (96, 64)))
+    assert list(losses) == ["loss_cls", "loss_box", "loss_giou"]
+    sum(losses.values()).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.any(), name
+
+
+def test_yolos_has_losses_without_any_object():
+    images, targets = example((64, 64), (64, 96), objects=0)
+    model = yolos_model()
+    losses = model(images, targets)
+    sum(losses.values()).backward()
+    assert losses["loss_box"] == losses["loss_giou"] == 0 < losses["loss_cls"]
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("fields", [{}, PLAIN], ids=["nano", "plain"])
+@pytest.mark.parametrize("size", [(64, 96), (96, 64), (33, 47), (112, 112), (1, 70)])
+@torch.no_grad()
+def test_yolos_answers_for_any_size_alone_as_in_company(fields, size):
+    model = yolos_model(**fields).eval()
+    images, _ = example(size, (64, 80), (80, 64), (70, 90))
+    for image, found in zip(images, model(images), strict=True):
+        alone = model([image])[0]
+        same(alone, found)
+        assert found["boxes"].shape == (7, 4) and sorted(found["tokens"].tolist()) == list(range(7))
+        assert (found["scores"].diff() <= 0).all() and (found["labels"] < 3).all()
+        larger = model([image], sizes=[(2 * image.shape[1], 3 * image.shape[2])])[0]
+        scaled = found["boxes"] * torch.tensor([3, 2, 3, 2])
+        torch.testing.assert_close(larger["boxes"], scaled, rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
+def test_padding_changes_no_loss_of_plain_yolos():
+    model = yolos_model(**PLAIN)
+    images, targets = example((64, 96), (32, 48), objects=1)
+    together = model(images, targets)
+    alone = [model([i], [t]) for i, t in zip(images, targets, strict=True)]
+    for name in ("loss_box", "loss_giou"):  # one object each: the mean of the two
+        mean = sum(losses[name] for losses in alone) / 2
+        torch.testing.assert_close(together[name], mean, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_position_tables_are_resized_by_grid_and_not_by_count():
+    table = torch.randn(2, 1 + 4 * 6 + 7, 8)
+    assert torch.equal(yolos.positions_for(table, (4, 6), [(4, 6)])[:, 0], table)
+    turned = yolos.positions_for(table, (4, 6), [(6, 4)])[:, 0]  # as many patches
+    grid = table[:, 1:25].transpose(1, 2).unflatten(2, (4, 6))
+    grid = F.interpolate(grid, size=(6, 4), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(turned[:, 1:25], grid.flatten(2).transpose(1, 2))
+    assert torch.equal(turned[:, 0], table[:, 0]) and torch.equal(turned[:, 25:], table[:, 25:])
+
+
+@pytest.mark.parametrize("count", [1, 2, 25, 100])
+def test_any_number_of_det_tokens(count):
+    points = yolos.anchor_points(count)
+    assert points.shape == (count, 2) and len(points.unique(dim=0)) == count
+    assert ((points > 0) & (points < 1)).all()
+    for fields in ({}, PLAIN):
+        model = yolos_model(det_tokens=count, **fields)
+        assert len(model(example((64, 64))[0])[0]["boxes"]) == count
+
+
+@torch.no_grad()
+def test_attention_maps_are_the_ones_the_last_block_uses():
+    """Values weighted by the maps, plus those of the other tokens, give the block's own output."""
+    model = yolos_model(**PLAIN).eval()
+    seen, last = [], model.backbone.blocks[-1].attn
+    last.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    image = torch.rand(3, 64, 96)
+    model([image])
+    maps = model.attention(image)
+    assert maps.shape == (7, 2, 4, 6) and (maps.sum(dim=(2, 3)) < 1).all()
+    x, output = seen[0]
+    q, k, v = last.qkv(x)[0].unflatten(1, (3, 2, 16)).permute(1, 2, 0, 3)
+    weights = (q @ k.transpose(1, 2) / 4).softmax(dim=2)  # (h, N, N)
+    torch.testing.assert_close(weights[:, -7:, 1:-7], maps.flatten(2).transpose(0, 1))
+    written_out = last.proj((weights @ v).transpose(0, 1).flatten(1))
+    torch.testing.assert_close(written_out, output[0], rtol=1e-4, atol=1e-5)
+
+
+def test_specialisation_is_one_for_what_the_token_tells_and_none_for_the_rest():
+    torch.manual_seed(0)
+    tokens = torch.arange(9).repeat(200)  # one token for each of 3 x 3 places
+    center = torch.stack([tokens % 3, tokens // 3], dim=1) / 3 + 1 / 6
+    boxes = torch.cat([center, torch.rand(1800, 2)], dim=1)
+    told = yolos.specialisation(tokens, boxes, torch.randint(6, (1800,)))
+    assert told["place"][0] == pytest.approx(1) and told["place"][1] < 0.05
+    for name in ("size", "category"):
+        assert told[name][0] < 0.05 and told[name][1] < 0.05
+
+
+def test_yolos_overfits_one_batch():
+    """60 steps halve the loss."""
+    model, (images, targets) = yolos_model(), example((64, 64), (64, 96), objects=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    totals = []
+    for _ in range(60):
+        loss = sum(model.train()(images, targets).values())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        totals.append(loss.item())
+    assert sum(totals[-5:]) / 5 < 0.5 * totals[0], totals
+
+
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 
@@ -369,6 +561,65 @@ def test_mae_weights_arrive(fill):
     torch.testing.assert_close(model.encoder.pos_embed[0, 1:], resized[0].flatten(1).T)
 
 
+def deit_file(dim, rows):
+    """State dict as DeiT names it: 2 blocks, `rows` rows before the 14 x 14 grid of positions."""
+    net = yolos.build(replace(TINY_YOLOS, embed_dim=dim, stem="patch", anchors=False), 3).backbone
+    state = {k: torch.randn_like(v) for k, v in net.state_dict().items() if k != "det_token"}
+    state |= {"head.weight": torch.zeros(1000, dim), "head.bias": torch.zeros(1000)}
+    if rows == 2:
+        state["dist_token"] = torch.zeros(1, 1, dim)
+    return state | {"pos_embed": torch.randn(1, rows + 196, dim)}
+
+
+@pytest.mark.parametrize("rows", [1, 2], ids=["deit", "distilled"])
+def test_deit_weights_arrive_in_yolos(rows):
+    config = replace(TINY_YOLOS, **PLAIN)
+    source, model = deit_file(32, rows), yolos.build(config, 3)
+    state = yolos.from_official({"model": source}, config)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    heads = {
+        f"{head}.layers.{i}.{kind}"
+        for head in ("class_embed", "bbox_embed")
+        for i in range(3)
+        for kind in ("weight", "bias")
+    }
+    assert set(missing) == heads | {"backbone.det_token", "backbone.mid_pos_embed"}
+    torch.testing.assert_close(
+        model.backbone.blocks[1].attn.qkv.weight, source["blocks.1.attn.qkv.weight"]
+    )
+    table = model.backbone.pos_embed[0]
+    assert torch.equal(table[0], source["pos_embed"][0, rows - 1])  # of two, row 0 is dropped
+    grid = source["pos_embed"][0, rows:].T.reshape(1, -1, 14, 14)
+    resized = F.interpolate(grid, size=(4, 4), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(table[1:17], resized[0].flatten(1).T)
+
+
+def test_released_class_rows_are_reduced_to_the_80_categories():
+    weight = torch.arange(92.0)[:, None].expand(92, 4)
+    source = {"backbone.det_token": torch.zeros(1), "class_embed.layers.2.weight": weight}
+    source["class_embed.layers.2.bias"] = torch.arange(92.0)
+    rows = yolos.from_official({"model": source})["class_embed.layers.2.weight"][:, 0].tolist()
+    assert len(rows) == 81 and rows[:12] == [*range(1, 12), 13] and rows[-2:] == [90, 91]
+    assert not {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83} & set(rows)
+    assert len(yolos.from_official(source, num_classes=91)["class_embed.layers.2.bias"]) == 92
+
+
+def test_an_encoder_goes_from_mimdet_to_yolos(model):
+    config = replace(TINY_YOLOS, embed_dim=64)
+    detector = yolos.build(config, 3)
+    state = yolos.from_official(model.state_dict(), config)
+    missing, unexpected = detector.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert {k for k in missing if k.startswith("backbone")} == {
+        "backbone.cls_token",
+        "backbone.det_token",
+    }
+    torch.testing.assert_close(
+        detector.backbone.patch_embed.proj[2][0].weight, model.encoder.patch_embed.proj[2][0].weight
+    )
+
+
 # --- The files as texts ---------------------------------------------------------------------------
 
 
@@ -403,24 +654,26 @@ def test_sections_stand_in_order(file):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_files_import_no_other_file_of_the_project(file):
-    allowed = {"math", "re", "dataclasses", "torch", "torchvision", "scipy", "numpy"}
+    allowed = {"math", "re", "dataclasses", "functools", "torch", "torchvision", "scipy", "numpy"}
     for node in ast.walk(ast.parse(file.read_text())):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
         assert {name.partition(".")[0] for name in names} <= allowed
 
 
-def test_shape_comments_are_true(model):
+@pytest.mark.parametrize("module", [mimdet, yolos], ids=lambda module: module.__name__)
+def test_shape_comments_are_true(module, model):
     """Trains and predicts under a tracer: every `x = ...  # (B, N, C)` must have that many axes."""
+    model = {mimdet: model, yolos: yolos_model(**PLAIN)}[module]
     comments = {}
-    for number, line in enumerate((ROOT / "mimdet.py").read_text().splitlines(), start=1):
+    for number, line in enumerate(Path(module.__file__).read_text().splitlines(), start=1):
         found = re.match(r"\s+(\w+)(?:, .*?)? = .*  # \(([^()]*(?:\([^()]*\)[^()]*)*)\)$", line)
         if found:
             comments[number] = (found[1], found[2].rstrip(",").count(",") + 1)
     checked, wrong = set(), []
 
     def trace(frame, event, _):
-        if frame.f_code.co_filename != mimdet.__file__:
+        if frame.f_code.co_filename != module.__file__:
             return None
         last = [None]
 

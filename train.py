@@ -25,9 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import coco
 import mimdet
+import yolos
 from coco import DataError
 
-MODELS = {"mimdet": mimdet}
+MODELS = {"mimdet": mimdet, "yolos": yolos}
 EVALUATIONS = 4  # a run
 SAVE_SECONDS = 600  # last.pt is written at every evaluation and at least this often
 
@@ -61,6 +62,9 @@ def parse_args(argv):
     )
     add("--eval-only", action="store_true", help="evaluate --init or the run's best.pt")
     add("--predict", nargs="+", metavar="IMAGE", help="draw what --init or best.pt finds")
+    add(
+        "--attention", nargs="*", type=int, metavar="TOKEN", help="draw where [DET] tokens look too"
+    )
     add("--summary", action="store_true", help="print parameters and GFLOPs of every variant")
     add("--benchmark", action="store_true", help="print speed and memory of forward and step")
     return parser.parse_args(argv)
@@ -150,7 +154,9 @@ def settle(args):
 def read_checkpoint(path):
     """Tensors and plain values of a file; nothing in it is run."""
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        # Some released files hold the authors' arguments: plain values in a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:
@@ -493,6 +499,10 @@ def predict(args, net, recipe, classes):
     net.eval()
     args.out.mkdir(parents=True, exist_ok=True)
     transform = coco.Transform(recipe, train=False)
+    if args.attention is not None:
+        count = getattr(net.config, "det_tokens", 0)  # of another model: 0
+        if not count or not all(0 <= token < count for token in args.attention):
+            raise DataError(f"--attention: {args.model} has {count} [DET] tokens, from 0 on")
     for number, path in enumerate(args.predict, start=1):
         pixels = coco.read_image(path)
         image, _ = transform(coco.tv_tensors.Image(pixels), {})
@@ -503,6 +513,37 @@ def predict(args, net, recipe, classes):
         coco.save_pictures(file, [[coco.draw(pixels / 255, found, classes)]])
         sure = int((found["scores"] >= 0.5).sum())
         print(f"{path}: {sure} objects with a score of 0.5 or more -> {file}")
+        if args.attention is not None:
+            maps = net.attention(image.to(args.device))  # (Q, h, H/16, W/16)
+            tokens = args.attention or found["tokens"][: min(4, max(1, sure))].tolist()
+            order = found["tokens"].tolist()
+            boxes = [found["boxes"][order.index(token)] for token in tokens]
+            rows = zip(boxes, maps[tokens], strict=True)
+            file = file.with_stem(file.stem + "-attention")
+            coco.save_pictures(file, [coco.draw_attention(pixels / 255, *row) for row in rows])
+            print(f"  [DET] tokens {', '.join(map(str, tokens))}: box and one map a head -> {file}")
+
+
+def show_tokens(args, module, dataset):
+    """What each [DET] token finds over a data set: a picture, and what the token tells of a box."""
+    results = json.loads((args.out / "detections.json").read_text())
+    results = [result for result in results if result["score"] >= 0.5]
+    if not results:
+        return print("no detection has a score of 0.5: nothing to say of the [DET] tokens")
+    coco.draw_tokens(args.out / "tokens.png", dataset, results)
+    size_of = {image["id"]: (image["width"], image["height"]) for image in dataset.images}
+    boxes = torch.tensor([r["bbox"] for r in results]) / torch.tensor(
+        [size_of[r["image_id"]] * 2 for r in results]
+    )
+    tokens = torch.tensor([r["token"] for r in results])
+    labels = torch.tensor([dataset.label_of[r["category_id"]] for r in results])
+    told = module.specialisation(
+        tokens, torch.cat([boxes[:, :2] + boxes[:, 2:] / 2, boxes[:, 2:]], 1), labels
+    )
+    parts = ", ".join(
+        f"{what} {share:.2f} (by chance {chance:.2f})" for what, (share, chance) in told.items()
+    )
+    print(f"share of a box's place, size and category that its [DET] token tells: {parts}")
 
 
 def summary():
@@ -605,7 +646,10 @@ def run(args):
         benchmark(args, module, recipe, net, dataset)
     elif args.eval_only:
         args.out.mkdir(parents=True, exist_ok=True)
-        report(args, evaluate(args, net, held_out, "eval-only"))
+        metrics = evaluate(args, net, held_out, "eval-only")
+        if hasattr(module, "specialisation") and args.rank == 0:
+            show_tokens(args, module, held_out)
+        report(args, metrics)
     else:
         report(args, train(args, module, recipe, net, data, dataset, held_out))
 
@@ -627,6 +671,10 @@ def read_data(args, recipe, config, classes):
     if config.get("masks") and not (dataset or held_out).has_masks:
         config["masks"] = False
         say(args, "no masks in the annotations: boxes alone")
+    if not config.get("masks"):  # nobody reads them
+        for split in (dataset, held_out):
+            if split:
+                split.has_masks = False
     return dataset, held_out
 
 

@@ -1,0 +1,567 @@
+"""YOLOS: a plain ViT as an object detector (Fang et al., NeurIPS 2021, arXiv:2106.00666).
+
+Take a ViT trained on ImageNet, exchange its class token's job for 100 learnable [DET] tokens, and
+read one object, or none, from each of them at the end: no pyramid, no anchors, no region of
+interest, no non-maximum suppression, nothing two-dimensional but the patches. How far that goes
+says how much of a detector is in the pre-trained sequence model itself.
+Flow: image (B, 3, H, W) -> patches (B, N, C) -> [class, patches, DET] (B, 1 + N + Q, C) -> blocks
+      -> last Q tokens (B, Q, C) -> logits (B, Q, K + 1), boxes (B, Q, 4)
+Compare: mimdet.py puts the same blocks under a pyramid and Mask R-CNN; pvt.py's DETR head has the
+same matching and losses, but a decoder of its own.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import (
+    StochasticDepth,
+    box_convert,
+    generalized_box_iou,
+    generalized_box_iou_loss,
+)
+
+# --- 1. Config ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    embed_dim: int = 768  # width C of the sequence
+    depth: int = 12  # blocks
+    num_heads: int = 12
+    det_tokens: int = 100  # Q: at most so many objects are found in an image (Sec. 3.1)
+    pos_grid: tuple = (50, 84)  # patches (h, w) in the stored position table: 800 x 1344 px
+    mid_pos_grid: tuple = (50, 84)  # of the tables added between the blocks; () has none (Table 9)
+    no_object_weight: float = 0.1  # of the tokens without an object in the classification loss
+    checkpoint: bool = False  # recompute blocks in the backward pass, to save memory
+    # The departures of nano, which learns from scratch in minutes; off in the paper's variants.
+    stem: str = "patch"  # "patch": one 16x16 convolution; "conv": MIMDet's four 3x3 ones
+    anchors: bool = False  # [DET] tokens start from points on a grid, not from nowhere
+    xavier: bool = False  # initial weights of the blocks: Xavier instead of normal with std 0.02
+
+
+# fmt: off
+CONFIGS = {  # parameters with the authors' 91 classes; with 80
+    # Differs: stem, anchors and xavier, because plain YOLOS learns next to nothing from scratch in
+    # minutes (Table 2: 19.7 AP after 600 epochs). README has a table of what each is worth.
+    "nano": Config(embed_dim=192, depth=4, num_heads=3, det_tokens=25, pos_grid=(10, 10),
+                   mid_pos_grid=(), stem="conv", anchors=True, xavier=True),
+    "tiny": Config(embed_dim=192, num_heads=3, pos_grid=(50, 83), mid_pos_grid=()),  # 6,488,736
+    "small": Config(embed_dim=384, num_heads=6, pos_grid=(32, 54), mid_pos_grid=(32, 54)),
+    "small_dwr": Config(embed_dim=330, depth=14, num_heads=6, pos_grid=(32, 54),
+                        mid_pos_grid=(32, 54)),
+    "base": Config(),
+}
+PAPER = dict(
+    lr=2.5e-5, batch_size=8,
+    weight_decay=1e-4, clip=0.1, epochs=150, warmup=0, schedule="cosine",
+    sizes=tuple(range(480, 801, 16)), max_size=1333, multiple=16,  # sides are cut to multiples
+    crop=(384, 600),  # every second image: short side 400-600, then a crop with sides in this range
+)
+RECIPES = {
+    # nano: images keep their own size (sizes=()) up to a long side of 320.
+    "nano": dict(lr=1e-3, batch_size=16, weight_decay=0.05, clip=1.0, epochs=6, warmup=100,
+                 schedule="cosine", sizes=(), max_size=320, multiple=16, crop=()),
+    "paper": PAPER,
+    "tiny": PAPER | dict(lr=5e-5, batch_size=16, epochs=300, max_size=1013,
+                         sizes=(*range(256, 512, 16), *range(528, 609, 16), 512)),
+}
+# fmt: on
+
+# --- 2. Shared blocks -----------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between (ViT, arXiv:2010.11929, Sec. 3.1)."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, Eq. 1).
+
+    x: (B, N, C); mask: bool, broadcastable to (B, h, N, N), False where a key must not be seen.
+    """
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"width {dim} cannot be shared by {num_heads} heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, mask=None):
+        B, N, C = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, N, d)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, h, N, d)
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (arXiv:2010.11929, Eq. 2 and 3)."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0, eps=1e-6):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = StochasticDepth(drop_path, "row")  # arXiv:1603.09382
+
+    def forward(self, x, mask=None):
+        x = x + self.drop_path(self.attn(self.norm1(x), mask))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Image (B, 3, H, W) -> one vector for every 16x16 patch, (B, C, H/16, W/16)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, 16, stride=16)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+class ConvStem(nn.Module):
+    """Four 3x3 convolutions of stride 2 in place of the 16x16 patch embedding (Sec. 3.2)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        widths = [3, dim // 8, dim // 4, dim // 2, dim]
+        self.proj = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False),
+                nn.GroupNorm(1, c_out, eps=1e-6),
+                nn.GELU(),
+            )
+            for c_in, c_out in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.proj[3].append(nn.Conv2d(dim, dim, 1))
+
+    def forward(self, x):
+        maps = []
+        for stage in self.proj:
+            x = stage(x)
+            maps.append(x)
+        return maps[1:]
+
+
+def sincos_pos_embed(dim, grid):
+    """Fixed sine-cosine table (1, 1 + grid * grid, dim), the class token's row of zeros first.
+
+    The first half of the channels encodes x (the column), the second y; each is [sin | cos].
+    """
+    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (grid, dim/4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1).float()  # (grid, dim/2)
+    x, y = axis.expand(grid, grid, -1), axis[:, None].expand(grid, grid, -1)  # (grid, grid, dim/2)
+    table = torch.cat([x, y], dim=-1).flatten(0, 1)  # (grid * grid, dim)
+    return torch.cat([torch.zeros(1, dim), table])[None]
+
+
+def resize_grid(table, old_hw, new_hw):
+    """Bicubic resize of a position table (1, h * w, C) from grid old_hw to new_hw."""
+    if tuple(old_hw) == tuple(new_hw):
+        return table
+    table = table.transpose(1, 2).unflatten(2, old_hw)  # (1, C, h, w)
+    table = F.interpolate(table, size=new_hw, mode="bicubic", align_corners=False)
+    return table.flatten(2).transpose(1, 2)
+
+
+def pad_batch(images, multiple):
+    """Normalise images (3, h, w) in [0, 1] and zero-pad them at the bottom and right to one size.
+
+    Returns the batch (B, 3, H, W), its sides multiples of `multiple`, and the true sizes (h, w).
+    """
+    sizes = [tuple(image.shape[-2:]) for image in images]
+    H, W = (math.ceil(max(sides) / multiple) * multiple for sides in zip(*sizes, strict=True))
+    mean = images[0].new_tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = images[0].new_tensor([0.229, 0.224, 0.225])[:, None, None]
+    batch = images[0].new_zeros(len(images), 3, H, W)
+    for padded, image, (h, w) in zip(batch, images, sizes, strict=True):
+        padded[:, :h, :w] = (image - mean) / std
+    return batch, sizes
+
+
+def group_by_padded_size(images, multiple):
+    """Lists of indices of the images that are equally large once each is padded by itself."""
+    groups = {}
+    for index, image in enumerate(images):
+        size = tuple(math.ceil(side / multiple) for side in image.shape[-2:])
+        groups.setdefault(size, []).append(index)
+    return groups.values()
+
+
+# --- 3. This paper --------------------------------------------------------------------------------
+
+
+class Backbone(nn.Module):
+    """ViT over the sequence [class token, patches, [DET] tokens] (Sec. 3.1, Eq. 1 and 2)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        if c.stem not in ("patch", "conv"):
+            raise ValueError(f'stem must be "patch" or "conv", not "{c.stem}"')
+        self.patch_embed = ConvStem(c.embed_dim) if c.stem == "conv" else PatchEmbed(c.embed_dim)
+        self.cls_token = nn.Parameter(trunc_normal(1, 1, c.embed_dim))
+        self.det_token = nn.Parameter(trunc_normal(1, c.det_tokens, c.embed_dim))
+        self.pos_embed = nn.Parameter(initial_positions(c))
+        if c.mid_pos_grid:
+            tokens = 1 + math.prod(c.mid_pos_grid) + c.det_tokens
+            self.mid_pos_embed = nn.Parameter(trunc_normal(c.depth - 1, 1, tokens, c.embed_dim))
+        self.blocks = nn.ModuleList(Block(c.embed_dim, c.num_heads) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.embed_dim, eps=1e-6)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if c.xavier:
+                    nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x, grids):
+        """Padded images (B, 3, H, W), of which grids[b] patches (h, w) are real -> (B, Q, C)."""
+        c, B = self.config, len(x)
+        H, W = (max(sides) for sides in zip(*grids, strict=True))
+        x = self.patch_embed(x)
+        x = (x[-1] if c.stem == "conv" else x)[:, :, :H, :W]  # (B, C, H, W)
+        x = x.flatten(2).transpose(1, 2)  # (B, N, C)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x, self.det_token.expand(B, -1, -1)], 1)
+        x = x + positions_for(self.pos_embed, c.pos_grid, grids)[0]  # (B, 1 + N + Q, C)
+        between = [0] * c.depth
+        if c.mid_pos_grid:  # after every block but the last
+            table = self.mid_pos_embed[:, 0]  # (L - 1, 1 + n + Q, C)
+            between = [*positions_for(table, c.mid_pos_grid, grids), 0]
+        mask = real_tokens(grids, c.det_tokens, x.device)
+        for block, position in zip(self.blocks, between, strict=True):
+            recompute = c.checkpoint and self.training and torch.is_grad_enabled()
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            x = run(x, mask) + position
+        return self.norm(x)[:, -c.det_tokens :]  # (B, Q, C)
+
+
+def token_grids(sizes):
+    """Whole patches (h, w) in images of these sizes, as the released convolution has them."""
+    return [(max(1, h // 16), max(1, w // 16)) for h, w in sizes]
+
+
+def real_tokens(grids, det_tokens, device):
+    """Attention mask (B, 1, 1, 1 + N + Q), False on padding; None if there is no padding.
+
+    Differs: the released code attends to padding, so that an answer depends on the other images of
+    the batch; alone, an image gets the same answer here and there.
+    """
+    if len(set(grids)) == 1:
+        return None
+    H, W = (max(sides) for sides in zip(*grids, strict=True))
+    mask = torch.zeros(len(grids), H, W, dtype=torch.bool, device=device)
+    for image_mask, (h, w) in zip(mask, grids, strict=True):
+        image_mask[:h, :w] = True
+    return F.pad(mask.flatten(1), (1, det_tokens), value=True)[:, None, None]
+
+
+def positions_for(table, old_hw, grids):
+    """Tables (L, 1 + h * w + Q, C) of grid old_hw, resized to each image: (L, B, 1 + N + Q, C).
+
+    Differs: the released code resizes once, to the grid of the padded batch, and not at all if that
+    has as many patches as the table, whatever its shape; here each image has its own grid.
+    """
+    n = math.prod(old_hw)
+    first, patches, det = table[:, :1], table[:, 1 : 1 + n], table[:, 1 + n :]
+    H, W = (max(sides) for sides in zip(*grids, strict=True))
+    rows = []
+    for h, w in set(grids) if len(set(grids)) == 1 else grids:
+        grid = resize_grid(patches, old_hw, (h, w)).unflatten(1, (h, w))  # (L, h, w, C)
+        grid = F.pad(grid, (0, 0, 0, W - w, 0, H - h)).flatten(1, 2)  # (L, N, C)
+        rows.append(torch.cat([first, grid, det], dim=1))
+    return torch.stack(rows, dim=1)
+
+
+def initial_positions(c):
+    """Position table (1, 1 + h * w + Q, C) before training: class token, patches, [DET] tokens."""
+    if not c.anchors:
+        return trunc_normal(1, 1 + math.prod(c.pos_grid) + c.det_tokens, c.embed_dim)
+    side = c.pos_grid[0]
+    table = sincos_pos_embed(c.embed_dim, side)  # (1, 1 + side * side, C)
+    y, x = (anchor_points(c.det_tokens) * side).long().T  # (Q,)
+    return torch.cat([table, table[:, 1 + y * side + x]], dim=1)
+
+
+def anchor_points(count):
+    """(count, 2) points (y, x) on a regular grid in the unit square."""
+    columns = math.ceil(count**0.5)
+    rows = math.ceil(count / columns)
+    index = torch.arange(count)
+    return torch.stack([(index // columns + 0.5) / rows, (index % columns + 0.5) / columns], dim=1)
+
+
+def trunc_normal(*shape):
+    return nn.init.trunc_normal_(torch.empty(shape), std=0.02)
+
+
+# --- 4. Boxes -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def hungarian_match(logits, boxes_norm, targets):
+    """The cheapest one-to-one matching of queries and objects of each image (DETR, Eq. 1).
+
+    logits: (B, Q, K + 1); boxes_norm: (B, Q, 4) cxcywh as shares of the image; targets: list of
+    dict(labels (M,), boxes_norm (M, 4)). Returns a list of (query ids, object ids), two int64
+    tensors of min(Q, M) entries. The cost: 5 L1 - probability of the object's class - 2 GIoU.
+    """
+    labels, wanted = (torch.cat([t[key] for t in targets]) for key in ("labels", "boxes_norm"))
+    scores, found = logits.flatten(0, 1).float().softmax(dim=1), boxes_norm.flatten(0, 1)
+    l1 = torch.cdist(found, wanted, p=1)  # (B * Q, all M)
+    giou = generalized_box_iou(*(box_convert(b, "cxcywh", "xyxy") for b in (found, wanted)))
+    cost = (5 * l1 - scores[:, labels] - 2 * giou).nan_to_num()
+    cost = cost.unflatten(0, logits.shape[:2]).cpu()  # (B, Q, all M): one transfer for the batch
+    parts = cost.split([len(t["labels"]) for t in targets], dim=2)
+    pairs = [linear_sum_assignment(part[i]) for i, part in enumerate(parts)]
+    return [tuple(torch.from_numpy(side).to(logits.device) for side in pair) for pair in pairs]
+
+
+# --- 5. Heads and losses --------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """Three linear layers with ReLU between (Sec. 3.1)."""
+
+    def __init__(self, dim, out):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, out)])
+
+    def forward(self, x):
+        first, second, last = self.layers
+        return last(F.relu(second(F.relu(first(x)))))
+
+
+def set_losses(logits, boxes_norm, targets, no_object_weight):
+    """DETR's losses of matched queries (arXiv:2005.12872, Sec. 3.1): class, 5 x L1, 2 x (1 - GIoU).
+
+    Arguments as for hungarian_match. Queries without an object should answer the last class. The
+    box losses are divided by the mean number of objects a process has, the class loss is not.
+    """
+    pairs = hungarian_match(logits, boxes_norm, targets)
+    wanted = torch.full(logits.shape[:2], logits.shape[2] - 1, device=logits.device)  # (B, Q)
+    for row, target, (query, item) in zip(wanted, targets, pairs, strict=True):
+        row[query] = target["labels"][item]
+    weight = logits.new_ones(logits.shape[2], dtype=torch.float32)  # (K + 1,)
+    weight[-1] = no_object_weight
+    found = torch.cat([b[query] for b, (query, _) in zip(boxes_norm, pairs, strict=True)])
+    truth = torch.cat([t["boxes_norm"][item] for t, (_, item) in zip(targets, pairs, strict=True)])
+    number = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=logits.device)
+    if dist.is_initialized():
+        dist.all_reduce(number)
+        number /= dist.get_world_size()
+    number = number.clamp(min=1)
+    corners = (box_convert(b, "cxcywh", "xyxy") for b in (found, truth))
+    return {
+        "loss_cls": F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), weight),
+        "loss_box": 5 * (found - truth).abs().sum() / number,
+        "loss_giou": 2 * generalized_box_iou_loss(*corners, reduction="sum") / number,
+    }
+
+
+# --- 6. Model -------------------------------------------------------------------------------------
+
+
+class YOLOS(nn.Module):
+    """ViT with [DET] tokens, and two small heads that read them (Fig. 1)."""
+
+    def __init__(self, config, num_classes):
+        super().__init__()
+        c = self.config = config
+        self.num_classes = num_classes
+        self.backbone = Backbone(c)
+        self.class_embed = MLP(c.embed_dim, num_classes + 1)  # the last class: no object
+        self.bbox_embed = MLP(c.embed_dim, 4)
+        if c.anchors:
+            self.anchors = nn.Parameter(anchor_points(c.det_tokens).flip(1).logit())  # x, y
+
+    def forward(self, images, targets=None, sizes=None):
+        """Losses if there are targets, else detections.
+
+        images: list of (3, h, w) floats in [0, 1]. targets: list of dict(boxes (M, 4) xyxy pixels,
+        labels (M,)). sizes: the (height, width) in which each image's boxes are wanted, its own by
+        default. Returns dict(loss_name=scalar) or a list of dict(boxes (Q, 4) xyxy, scores (Q,),
+        labels (Q,), tokens (Q,): the [DET] token that answered), best first.
+        """
+        if targets is not None:
+            x, true_sizes = pad_batch(images, 16)
+            logits, boxes_norm = self.detect(x, token_grids(true_sizes))
+            targets = [
+                {"labels": t["labels"], "boxes_norm": normalise_boxes(t["boxes"], size)}
+                for t, size in zip(targets, true_sizes, strict=True)
+            ]
+            return set_losses(logits, boxes_norm, targets, self.config.no_object_weight)
+        sizes = sizes or [image.shape[-2:] for image in images]
+        results = [None] * len(images)
+        for group in group_by_padded_size(images, 16):
+            x, true_sizes = pad_batch([images[i] for i in group], 16)
+            found = self.detect(x, token_grids(true_sizes))
+            for i, logits, boxes_norm in zip(group, *found, strict=True):
+                results[i] = select_best(logits, boxes_norm, sizes[i])
+        return results
+
+    def detect(self, x, grids):
+        """Logits (B, Q, K + 1) and boxes (B, Q, 4) cxcywh as shares of the image.
+
+        x: normalised images (B, 3, H, W); grids: the (h, w) real patches of each.
+        """
+        x = self.backbone(x, grids)  # (B, Q, C)
+        boxes = self.bbox_embed(x).float()  # (B, Q, 4)
+        if self.config.anchors:
+            boxes = boxes + F.pad(self.anchors, (0, 2))
+        return self.class_embed(x), boxes.sigmoid()
+
+    def dense(self, images):
+        """Every layer once, on fixed shapes: what --summary counts."""
+        x, sizes = pad_batch(images, 16)
+        self.detect(x, token_grids(sizes))
+
+    @torch.no_grad()
+    def attention(self, image):
+        """Where each [DET] token looks in the last block: (Q, h, H/16, W/16), each head's softmax.
+
+        A map sums to less than one: tokens attend to each other and to the class token too.
+        """
+        x, sizes = pad_batch([image], 16)
+        (grid,), last, seen = token_grids(sizes), self.backbone.blocks[-1], []
+        hook = last.norm1.register_forward_hook(
+            lambda _module, _inputs, output: seen.append(output)
+        )
+        self.backbone(x, [grid])
+        hook.remove()
+        heads, Q = last.attn.num_heads, self.config.det_tokens
+        q, k, _ = last.attn.qkv(seen[0])[0].unflatten(1, (3, heads, -1)).permute(1, 2, 0, 3)
+        weights = q[:, -Q:] @ k.transpose(1, 2) / math.sqrt(q.shape[2])  # (h, Q, 1 + N + Q)
+        weights = weights.softmax(dim=2)[:, :, 1:-Q]  # (h, Q, N)
+        return weights.transpose(0, 1).unflatten(2, grid)
+
+
+def normalise_boxes(boxes_xyxy, size):
+    """Boxes (M, 4) xyxy in pixels of an image (h, w) -> cxcywh as shares of it."""
+    h, w = size
+    return box_convert(boxes_xyxy / boxes_xyxy.new_tensor([w, h, w, h]), "xyxy", "cxcywh")
+
+
+def select_best(logits, boxes_norm, size):
+    """Each query's likeliest class, as detections in pixels of an image (h, w), best first."""
+    h, w = size
+    scores, labels = logits.float().softmax(dim=1)[:, :-1].max(dim=1)
+    order = scores.argsort(descending=True, stable=True)
+    boxes = box_convert(boxes_norm, "cxcywh", "xyxy") * boxes_norm.new_tensor([w, h, w, h])
+    return dict(boxes=boxes[order], scores=scores[order], labels=labels[order], tokens=order)
+
+
+def specialisation(tokens, boxes_norm, labels):
+    """What a [DET] token tells of the boxes it finds (Fig. 2 and 3: place and size, not category).
+
+    tokens (D,), boxes_norm (D, 4) cxcywh, labels (D,) of detections over a data set. Returns for
+    each of "place" (3x3 cells), "size" (thirds by area) and "category" the share of its entropy
+    that knowing the token removes, I(x; token) / H(x), and the same for shuffled tokens.
+    """
+    cell, area = (boxes_norm[:, :2] * 3).long().clamp(0, 2), boxes_norm[:, 2:].prod(dim=1)
+    thirds = torch.bucketize(area, area.quantile(area.new_tensor([1 / 3, 2 / 3])))
+    shuffled = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))]
+
+    def share(x, tokens):
+        joint = torch.zeros(int(x.max()) + 1, int(tokens.max()) + 1, dtype=torch.float64)
+        joint.index_put_((x, tokens), joint.new_tensor(1 / len(x)), accumulate=True)
+        entropies = (-torch.xlogy(p, p).sum() for p in (joint.sum(1), joint.sum(0), joint))
+        h_x, h_token, h_both = entropies
+        return ((h_x + h_token - h_both) / h_x.clamp(min=1e-9)).item()
+
+    kinds = {"place": cell[:, 1] * 3 + cell[:, 0], "size": thirds, "category": labels}
+    return {name: (share(x, tokens), share(x, shuffled)) for name, x in kinds.items()}
+
+
+def param_groups(model, recipe):
+    """AdamW's groups, `lr_scale` a factor on the learning rate (released code: the same for all).
+
+    In the backbone 1-D parameters, first position table, class and [DET] tokens have no weight
+    decay; the tables between the blocks have it, and so have the heads with their biases.
+    """
+    exempt, groups = ("pos_embed", "cls_token", "det_token"), {}
+    for name, p in model.named_parameters():
+        backbone, _, last = name.rpartition(".")
+        decays = name.startswith(("class_embed", "bbox_embed")) or p.ndim > 1 and last not in exempt
+        groups.setdefault(decays and name != "anchors", []).append(p)
+    return [
+        dict(params=params, lr_scale=1.0, weight_decay=recipe["weight_decay"] * decays)
+        for decays, params in groups.items()
+    ]
+
+
+# COCO's 80 category ids among 1..90, in the order of labels 0..79.
+UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+COCO_IDS = [i for i in range(1, 91) if i not in UNUSED_IDS]
+
+
+def from_official(state_dict, config=CONFIGS["base"], num_classes=80):
+    """Checkpoint of the authors, or any plain ViT, in this file's names.
+
+    Reads YOLOS's releases, whose class layer has a row for each of COCO's ids 0..90 and one for "no
+    object": num_classes=80 keeps those of its 80 categories, 91 all. Reads ViTs named as in timm:
+    DeiT, also distilled, MAE, SimMIM's plain ViT and this project's encoders. Their position table
+    is resized to config.pos_grid; what has no place here (classifiers, distillation token,
+    decoders) is left out, and [DET] tokens keep their initial values.
+    """
+    state = state_dict.get("model", state_dict)
+    if "backbone.det_token" in state:
+        state = dict(state)
+        for key in ("class_embed.layers.2.weight", "class_embed.layers.2.bias"):
+            if num_classes == 80 and len(state[key]) == 92:
+                state[key] = state[key][[*COCO_IDS, 91]]
+        return state
+    vit = {key.removeprefix("encoder."): value for key, value in state.items()}
+    wanted = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+    vit = {"backbone." + key: value for key, value in vit.items() if key.startswith(wanted)}
+    if "backbone.pos_embed" in vit:
+        table, side = vit["backbone.pos_embed"], math.isqrt(vit["backbone.pos_embed"].shape[1])
+        # The row before the patches: in distilled DeiTs the distillation token's, as released.
+        first = F.pad(table[:, : -side * side], (0, 0, 1, 0))[:, -1:]
+        grid = resize_grid(table[:, -side * side :], (side, side), config.pos_grid)
+        det = initial_positions(config)[:, -config.det_tokens :]
+        vit["backbone.pos_embed"] = torch.cat([first, grid, det], dim=1)
+    return vit
+
+
+def build(config, num_classes):
+    """Model with random weights; config: a Config or a name in CONFIGS."""
+    return YOLOS(CONFIGS[config] if isinstance(config, str) else config, num_classes)
+
+
+# --- 7. Try it ------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    model, image = build("nano", num_classes=6).eval(), torch.rand(3, 128, 160)
+    print(f"YOLOS nano: {sum(p.numel() for p in model.parameters()):,} parameters")
+    with torch.no_grad():
+        x, sizes = pad_batch([image], 16)
+        grids = token_grids(sizes)
+        tokens = model.backbone(x, grids)
+        print(f"image {tuple(x.shape)} -> patches {grids[0]} -> [DET] tokens {tuple(tokens.shape)}")
+        logits, boxes = model.detect(x, grids)
+        print(f"logits {tuple(logits.shape)}, boxes {tuple(boxes.shape)}")
+        print("attention of each token and head:", tuple(model.attention(image).shape))
+        detections = model([image])[0]
+    print("detections:", {key: tuple(value.shape) for key, value in detections.items()})
