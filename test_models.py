@@ -339,13 +339,13 @@ def yolos_model(seed=0, **fields):
     return yolos.build(replace(TINY_YOLOS, **fields), num_classes=3)
 
 
-PLAIN = dict(stem="patch", anchors=False, xavier=False, mid_pos_grid=(4, 6))
+PLAIN = dict(stem="patch", anchors=False, patch_loss=0.0, xavier=False, mid_pos_grid=(4, 6))
 
 
 @pytest.mark.parametrize(
     ("variant", "with_91_classes", "with_80"),
     [
-        ("nano", 2_231_978, 2_229_855),
+        ("nano", 1_005_424, 1_004_005),
         ("tiny", 6_488_736, 6_486_613),
         ("small", 30_684_768, 30_680_533),
         ("small_dwr", 27_561_696, 27_558_055),
@@ -412,7 +412,9 @@ def test_more_objects_than_det_tokens_are_matched_as_far_as_the_tokens_go():
 def test_every_parameter_of_yolos_gets_a_finite_gradient(fields):
     model = yolos_model(**fields, checkpoint=True).train()
     losses = model(*example((64, 96), (96, 64)))
-    assert list(losses) == ["loss_cls", "loss_box", "loss_giou"]
+    names = ["loss_cls", "loss_box", "loss_giou"]
+    names += [] if fields else ["loss_patch_cls", "loss_patch_box", "loss_patch_giou"]
+    assert list(losses) == names
     sum(losses.values()).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.any(), name
@@ -443,15 +445,38 @@ def test_yolos_answers_for_any_size_alone_as_in_company(fields, size):
         torch.testing.assert_close(larger["boxes"], scaled, rtol=1e-4, atol=1e-3)
 
 
+def test_points_make_the_nearest_query_responsible():
+    points = yolos.anchor_points(9)
+    assert points[:4].tolist() == pytest.approx(
+        torch.tensor([[1, 1], [3, 1], [5, 1], [1, 3]]).div(6).tolist()
+    )
+    boxes = torch.rand(1, 9, 4)  # what is predicted says nothing yet
+    wanted = torch.cat([points[[7, 2]] + 0.04, torch.tensor([[0.3, 0.2]]).expand(2, 2)], dim=1)
+    targets = [dict(labels=torch.tensor([0, 1]), boxes_norm=wanted)]
+    ((query, item),) = yolos.hungarian_match(torch.randn(1, 9, 4), boxes, targets, points)
+    assert query.tolist() == [2, 7] and item.tolist() == [1, 0]
+
+
+def test_patches_answer_for_the_smallest_object_over_them():
+    boxes = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.25, 0.25, 0.4, 0.4]])
+    item = yolos.smallest_cover(yolos.grid_points(4, 4), boxes)
+    assert item.tolist() == [1, 1, 0, 0, 1, 1, *[0] * 10]
+    assert yolos.smallest_cover(yolos.grid_points(4, 4), boxes[1:]).tolist()[2:4] == [-1, -1]
+    assert yolos.smallest_cover(yolos.grid_points(2, 2), boxes[:0]).tolist() == [-1] * 4
+
+
 @torch.no_grad()
 def test_padding_changes_no_loss_of_plain_yolos():
-    model = yolos_model(**PLAIN)
+    model = yolos_model(**PLAIN | dict(patch_loss=1.0))
     images, targets = example((64, 96), (32, 48), objects=1)
     together = model(images, targets)
     alone = [model([i], [t]) for i, t in zip(images, targets, strict=True)]
     for name in ("loss_box", "loss_giou"):  # one object each: the mean of the two
         mean = sum(losses[name] for losses in alone) / 2
         torch.testing.assert_close(together[name], mean, rtol=1e-4, atol=1e-5)
+    patches = [4 * 6, 2 * 3]
+    mean = sum(n * losses["loss_patch_cls"] for n, losses in zip(patches, alone, strict=True)) / 30
+    torch.testing.assert_close(together["loss_patch_cls"], mean, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -42,16 +42,17 @@ class Config:
     checkpoint: bool = False  # recompute blocks in the backward pass, to save memory
     # The departures of nano, which learns from scratch in minutes; off in the paper's variants.
     stem: str = "patch"  # "patch": one 16x16 convolution; "conv": MIMDet's four 3x3 ones
-    anchors: bool = False  # [DET] tokens start from points on a grid, not from nowhere
+    anchors: bool = False  # [DET] tokens stand for points on a grid: see grid_points
+    patch_loss: float = 0.0  # weight of the same losses on patches, matched to what covers them
     xavier: bool = False  # initial weights of the blocks: Xavier instead of normal with std 0.02
 
 
 # fmt: off
 CONFIGS = {  # parameters with the authors' 91 classes; with 80
-    # Differs: stem, anchors and xavier, because plain YOLOS learns next to nothing from scratch in
-    # minutes (Table 2: 19.7 AP after 600 epochs). README has a table of what each is worth.
-    "nano": Config(embed_dim=192, depth=4, num_heads=3, det_tokens=25, pos_grid=(10, 10),
-                   mid_pos_grid=(), stem="conv", anchors=True, xavier=True),
+    # Differs: stem, anchors, patch_loss and xavier, because plain YOLOS learns next to nothing from
+    # scratch in minutes (Table 2: 19.7 AP after 600 epochs). README says what each is worth.
+    "nano": Config(embed_dim=128, depth=4, num_heads=4, det_tokens=25, pos_grid=(10, 10),
+                   mid_pos_grid=(), stem="conv", anchors=True, patch_loss=1.0, xavier=True),
     "tiny": Config(embed_dim=192, num_heads=3, pos_grid=(50, 83), mid_pos_grid=()),  # 6,488,736
     "small": Config(embed_dim=384, num_heads=6, pos_grid=(32, 54), mid_pos_grid=(32, 54)),
     "small_dwr": Config(embed_dim=330, depth=14, num_heads=6, pos_grid=(32, 54),
@@ -236,7 +237,10 @@ class Backbone(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x, grids):
-        """Padded images (B, 3, H, W), of which grids[b] patches (h, w) are real -> (B, Q, C)."""
+        """Padded images (B, 3, H, W), of which grids[b] patches (h, w) are real.
+
+        Returns the encoded [DET] tokens (B, Q, C) and patches (B, H, W, C).
+        """
         c, B = self.config, len(x)
         H, W = (max(sides) for sides in zip(*grids, strict=True))
         x = self.patch_embed(x)
@@ -253,7 +257,8 @@ class Backbone(nn.Module):
             recompute = c.checkpoint and self.training and torch.is_grad_enabled()
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
             x = run(x, mask) + position
-        return self.norm(x)[:, -c.det_tokens :]  # (B, Q, C)
+        x = self.norm(x)
+        return x[:, -c.det_tokens :], x[:, 1 : -c.det_tokens].unflatten(1, (H, W))
 
 
 def token_grids(sizes):
@@ -299,16 +304,8 @@ def initial_positions(c):
         return trunc_normal(1, 1 + math.prod(c.pos_grid) + c.det_tokens, c.embed_dim)
     side = c.pos_grid[0]
     table = sincos_pos_embed(c.embed_dim, side)  # (1, 1 + side * side, C)
-    y, x = (anchor_points(c.det_tokens) * side).long().T  # (Q,)
-    return torch.cat([table, table[:, 1 + y * side + x]], dim=1)
-
-
-def anchor_points(count):
-    """(count, 2) points (y, x) on a regular grid in the unit square."""
-    columns = math.ceil(count**0.5)
-    rows = math.ceil(count / columns)
-    index = torch.arange(count)
-    return torch.stack([(index // columns + 0.5) / rows, (index % columns + 0.5) / columns], dim=1)
+    x, y = (anchor_points(c.det_tokens) * side).long().T  # (Q,)
+    return torch.cat([table, table[:, 1 + y * side + x]], dim=1)  # where an anchor lies
 
 
 def trunc_normal(*shape):
@@ -318,20 +315,52 @@ def trunc_normal(*shape):
 # --- 4. Boxes -------------------------------------------------------------------------------------
 
 
+def grid_points(rows, columns):
+    """Centres (rows * columns, 2) of the cells of a grid over an image, x and y as shares of it."""
+    y = (torch.arange(rows) + 0.5) / rows
+    x = (torch.arange(columns) + 0.5) / columns
+    return torch.stack([x.expand(rows, -1), y[:, None].expand(-1, columns)], dim=2).flatten(0, 1)
+
+
+def anchor_points(count):
+    """The first `count` points of the squarest grid that has so many: (count, 2), x and y."""
+    columns = math.ceil(count**0.5)
+    return grid_points(math.ceil(count / columns), columns)[:count]
+
+
+def normalise_boxes(boxes_xyxy, size):
+    """Boxes (M, 4) xyxy in pixels of an image (h, w) -> cxcywh as shares of it."""
+    h, w = size
+    return box_convert(boxes_xyxy / boxes_xyxy.new_tensor([w, h, w, h]), "xyxy", "cxcywh")
+
+
+def smallest_cover(points_norm, boxes_norm):
+    """Index (N,) of the smallest box (M, 4) cxcywh over each point (N, 2), -1 where none is."""
+    inside = (points_norm[:, None] - boxes_norm[:, :2]).abs() < boxes_norm[:, 2:] / 2  # (N, M, 2)
+    area = torch.where(inside.all(dim=2), boxes_norm[:, 2:].prod(dim=1), 9.0)  # (N, M)
+    area, index = F.pad(area, (0, 1), value=8.0).min(dim=1)  # (N,)
+    return index.masked_fill(area == 8, -1)
+
+
 @torch.no_grad()
-def hungarian_match(logits, boxes_norm, targets):
+def hungarian_match(logits, boxes_norm, targets, points=None):
     """The cheapest one-to-one matching of queries and objects of each image (DETR, Eq. 1).
 
     logits: (B, Q, K + 1); boxes_norm: (B, Q, 4) cxcywh as shares of the image; targets: list of
     dict(labels (M,), boxes_norm (M, 4)). Returns a list of (query ids, object ids), two int64
     tensors of min(Q, M) entries. The cost: 5 L1 - probability of the object's class - 2 GIoU.
+    points: (Q, 2), where queries stand; then 20 times the distance of the object's centre is added,
+    which makes one and the same query responsible from the start, whatever it predicts yet.
     """
     labels, wanted = (torch.cat([t[key] for t in targets]) for key in ("labels", "boxes_norm"))
     scores, found = logits.flatten(0, 1).float().softmax(dim=1), boxes_norm.flatten(0, 1)
     l1 = torch.cdist(found, wanted, p=1)  # (B * Q, all M)
     giou = generalized_box_iou(*(box_convert(b, "cxcywh", "xyxy") for b in (found, wanted)))
     cost = (5 * l1 - scores[:, labels] - 2 * giou).nan_to_num()
-    cost = cost.unflatten(0, logits.shape[:2]).cpu()  # (B, Q, all M): one transfer for the batch
+    cost = cost.unflatten(0, logits.shape[:2])  # (B, Q, all M)
+    if points is not None:
+        cost = cost + 20 * torch.cdist(points, wanted[:, :2])
+    cost = cost.cpu()  # one transfer for the batch
     parts = cost.split([len(t["labels"]) for t in targets], dim=2)
     pairs = [linear_sum_assignment(part[i]) for i, part in enumerate(parts)]
     return [tuple(torch.from_numpy(side).to(logits.device) for side in pair) for pair in pairs]
@@ -352,13 +381,13 @@ class MLP(nn.Module):
         return last(F.relu(second(F.relu(first(x)))))
 
 
-def set_losses(logits, boxes_norm, targets, no_object_weight):
+def set_losses(logits, boxes_norm, targets, pairs, no_object_weight):
     """DETR's losses of matched queries (arXiv:2005.12872, Sec. 3.1): class, 5 x L1, 2 x (1 - GIoU).
 
-    Arguments as for hungarian_match. Queries without an object should answer the last class. The
-    box losses are divided by the mean number of objects a process has, the class loss is not.
+    Arguments and pairs as in hungarian_match. Queries without an object should answer the last
+    class. The box losses are divided by the mean number of pairs a process has, the class loss,
+    weighted by class, is not.
     """
-    pairs = hungarian_match(logits, boxes_norm, targets)
     wanted = torch.full(logits.shape[:2], logits.shape[2] - 1, device=logits.device)  # (B, Q)
     for row, target, (query, item) in zip(wanted, targets, pairs, strict=True):
         row[query] = target["labels"][item]
@@ -366,7 +395,7 @@ def set_losses(logits, boxes_norm, targets, no_object_weight):
     weight[-1] = no_object_weight
     found = torch.cat([b[query] for b, (query, _) in zip(boxes_norm, pairs, strict=True)])
     truth = torch.cat([t["boxes_norm"][item] for t, (_, item) in zip(targets, pairs, strict=True)])
-    number = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=logits.device)
+    number = torch.tensor(float(len(found)), device=logits.device)
     if dist.is_initialized():
         dist.all_reduce(number)
         number /= dist.get_world_size()
@@ -392,8 +421,6 @@ class YOLOS(nn.Module):
         self.backbone = Backbone(c)
         self.class_embed = MLP(c.embed_dim, num_classes + 1)  # the last class: no object
         self.bbox_embed = MLP(c.embed_dim, 4)
-        if c.anchors:
-            self.anchors = nn.Parameter(anchor_points(c.det_tokens).flip(1).logit())  # x, y
 
     def forward(self, images, targets=None, sizes=None):
         """Losses if there are targets, else detections.
@@ -404,13 +431,7 @@ class YOLOS(nn.Module):
         labels (Q,), tokens (Q,): the [DET] token that answered), best first.
         """
         if targets is not None:
-            x, true_sizes = pad_batch(images, 16)
-            logits, boxes_norm = self.detect(x, token_grids(true_sizes))
-            targets = [
-                {"labels": t["labels"], "boxes_norm": normalise_boxes(t["boxes"], size)}
-                for t, size in zip(targets, true_sizes, strict=True)
-            ]
-            return set_losses(logits, boxes_norm, targets, self.config.no_object_weight)
+            return self.loss(*pad_batch(images, 16), targets)
         sizes = sizes or [image.shape[-2:] for image in images]
         results = [None] * len(images)
         for group in group_by_padded_size(images, 16):
@@ -425,11 +446,51 @@ class YOLOS(nn.Module):
 
         x: normalised images (B, 3, H, W); grids: the (h, w) real patches of each.
         """
-        x = self.backbone(x, grids)  # (B, Q, C)
-        boxes = self.bbox_embed(x).float()  # (B, Q, 4)
-        if self.config.anchors:
-            boxes = boxes + F.pad(self.anchors, (0, 2))
-        return self.class_embed(x), boxes.sigmoid()
+        tokens, _ = self.backbone(x, grids)
+        return self.heads(tokens, self.points(x))
+
+    def points(self, x):
+        """Where the [DET] tokens stand in the image, (Q, 2), or None: anywhere."""
+        c = self.config
+        return anchor_points(c.det_tokens).to(x.device) if c.anchors else None
+
+    def heads(self, tokens, points=None):
+        """Logits (B, Q, K + 1) and boxes (B, Q, 4) of tokens (B, Q, C), around points (Q, 2)."""
+        boxes = self.bbox_embed(tokens).float()  # (B, Q, 4)
+        if points is not None:
+            boxes = boxes + F.pad(points.logit(), (0, 2))
+        return self.class_embed(tokens), boxes.sigmoid()
+
+    def loss(self, x, sizes, targets):
+        c, grids, points = self.config, token_grids(sizes), self.points(x)
+        tokens, patches = self.backbone(x, grids)
+        found = self.heads(tokens, points)
+        targets = [
+            {"labels": t["labels"], "boxes_norm": normalise_boxes(t["boxes"], size)}
+            for t, size in zip(targets, sizes, strict=True)
+        ]
+        pairs = hungarian_match(*found, targets, points)
+        losses = set_losses(*found, targets, pairs, c.no_object_weight)
+        if c.patch_loss:
+            dense = self.patch_losses(patches, grids, targets)
+            losses |= {f"loss_patch_{k[5:]}": c.patch_loss * v for k, v in dense.items()}
+        return losses
+
+    def patch_losses(self, patches, grids, targets):
+        """The same losses for each patch, which should find the smallest object that covers it."""
+        tokens, points, items, count = [], [], [], 0
+        for image_patches, (h, w), target in zip(patches, grids, targets, strict=True):
+            tokens.append(image_patches[:h, :w].flatten(0, 1))  # without padding
+            points.append(grid_points(h, w).to(tokens[0].device))
+            item = smallest_cover(points[-1], target["boxes_norm"])
+            items.append(torch.where(item < 0, item, item + count))
+            count += len(target["labels"])
+        item = torch.cat(items)  # of all images, as if they were one
+        patch = (item >= 0).nonzero()[:, 0]
+        points = torch.cat(points) if self.config.anchors else None
+        targets = {key: torch.cat([t[key] for t in targets]) for key in targets[0]}
+        found = self.heads(torch.cat(tokens)[None], points)
+        return set_losses(*found, [targets], [(patch, item[patch])], 1.0)
 
     def dense(self, images):
         """Every layer once, on fixed shapes: what --summary counts."""
@@ -454,12 +515,6 @@ class YOLOS(nn.Module):
         weights = q[:, -Q:] @ k.transpose(1, 2) / math.sqrt(q.shape[2])  # (h, Q, 1 + N + Q)
         weights = weights.softmax(dim=2)[:, :, 1:-Q]  # (h, Q, N)
         return weights.transpose(0, 1).unflatten(2, grid)
-
-
-def normalise_boxes(boxes_xyxy, size):
-    """Boxes (M, 4) xyxy in pixels of an image (h, w) -> cxcywh as shares of it."""
-    h, w = size
-    return box_convert(boxes_xyxy / boxes_xyxy.new_tensor([w, h, w, h]), "xyxy", "cxcywh")
 
 
 def select_best(logits, boxes_norm, size):
@@ -503,7 +558,7 @@ def param_groups(model, recipe):
     for name, p in model.named_parameters():
         backbone, _, last = name.rpartition(".")
         decays = name.startswith(("class_embed", "bbox_embed")) or p.ndim > 1 and last not in exempt
-        groups.setdefault(decays and name != "anchors", []).append(p)
+        groups.setdefault(decays, []).append(p)
     return [
         dict(params=params, lr_scale=1.0, weight_decay=recipe["weight_decay"] * decays)
         for decays, params in groups.items()
@@ -558,7 +613,7 @@ if __name__ == "__main__":
     with torch.no_grad():
         x, sizes = pad_batch([image], 16)
         grids = token_grids(sizes)
-        tokens = model.backbone(x, grids)
+        tokens, _ = model.backbone(x, grids)
         print(f"image {tuple(x.shape)} -> patches {grids[0]} -> [DET] tokens {tuple(tokens.shape)}")
         logits, boxes = model.detect(x, grids)
         print(f"logits {tuple(logits.shape)}, boxes {tuple(boxes.shape)}")

@@ -11,7 +11,7 @@ import torch
 import coco
 from coco import DataError
 
-PLAIN = dict(sizes=(), max_size=1000, crop=())
+PLAIN = dict(sizes=(), max_size=1000, multiple=1, crop=())
 GREY = torch.full((3, 40, 60), 128, dtype=torch.uint8)
 SQUARE = [10, 10, 30, 10, 30, 30, 10, 30]
 
@@ -146,8 +146,9 @@ def test_rotation_tag_is_followed_when_the_annotations_agree(tmp_path):
     "recipe",
     [
         PLAIN,
-        dict(sizes=(48, 80), max_size=100, crop=()),
-        dict(sizes=(300,), max_size=400, crop=(384, 600)),
+        dict(sizes=(48, 80), max_size=100, multiple=1, crop=()),
+        dict(sizes=(), max_size=1000, multiple=16, crop=()),
+        dict(sizes=(300,), max_size=400, multiple=1, crop=(384, 600)),
     ],
 )
 def test_boxes_and_masks_follow_the_image(shapes, recipe):
@@ -183,6 +184,33 @@ def test_sizes_are_detectron2s():
     assert coco.resized(427, 640, 800, 1333) == (800, 1199)
     assert coco.resized(480, 640, 800, 1333) == (800, 1067)
     assert coco.resized(333, 1000, 800, 1333) == (444, 1333)
+
+
+def test_with_a_multiple_sizes_are_those_of_released_yolos():
+    cases = {  # (width, height) -> what the authors' transform gives for short side 800
+        (640, 480): (1056, 800),
+        (640, 427): (1184, 800),
+        (640, 360): (1328, 736),
+        (1000, 200): (1328, 256),
+    }
+    for (w, h), (new_w, new_h) in cases.items():
+        assert coco.resized(h, w, 800, 1333, 16) == (new_h, new_w)
+        assert coco.resized(w, h, 800, 1333, 16) == (new_w, new_h)
+    assert coco.resized(480, 640, 512, 853, 16) == (512, 672)
+    assert coco.resized(128, 160, 128, 320, 16) == (128, 160)
+    assert coco.resized(5, 40, 5, 320, 16) == (16, 32)
+
+
+def test_evaluation_of_a_smaller_size_has_a_smaller_limit():
+    recipe = dict(sizes=(256, 608, 512), max_size=1013, multiple=16, crop=())
+    image = torch.zeros(3, 200, 1000)
+    target = {
+        "boxes": coco.tv_tensors.BoundingBoxes(
+            torch.zeros(0, 4), format="XYXY", canvas_size=(200, 1000)
+        )
+    }
+    shown, _ = coco.Transform(recipe, train=False)(coco.tv_tensors.Image(image), target)
+    assert shown.shape == (3, 160, 848)  # 853 = 512 * 1333 // 800 for the long side
 
 
 def batches(dataset, start=0, stop=12, **kwargs):

@@ -86,7 +86,7 @@ def test_matching_losses_and_gradients_equal_the_released_ones(case):
     pairs = yolos.hungarian_match(logits, boxes, targets)
     assert [[side.tolist() for side in pair] for pair in pairs] == expected["indices"]
     logits.requires_grad_(), boxes.requires_grad_()
-    losses = yolos.set_losses(logits, boxes, targets, no_object_weight=0.1)
+    losses = yolos.set_losses(logits, boxes, targets, pairs, no_object_weight=0.1)
     names = {
         "loss_cls": ("loss_ce", 1),
         "loss_box": ("loss_bbox", 5),

@@ -1,5 +1,6 @@
 """The training loop, run as a user runs it."""
 
+import argparse
 import json
 import re
 import shutil
@@ -239,6 +240,86 @@ def test_mistakes_are_answered_in_one_line(args, message, shapes, tmp_path, caps
     assert run(*args, *data, "--out", tmp_path / "run", tiny=False) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+TINY_YOLOS = "embed_dim=32 depth=1 num_heads=1 det_tokens=9".split()
+
+
+def run_yolos(*args):
+    return train.main(["--model", "yolos", "--device", "cpu", *map(str, args)])
+
+
+@pytest.fixture(scope="session")
+def finished_yolos(shapes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "yolos"
+    args = ("--data", shapes, "--out", out, "--steps", 2, "--batch-size", 8)
+    assert run_yolos(*args, "--set", *TINY_YOLOS) == 0
+    return out
+
+
+def test_yolos_trains_and_evaluates_boxes(finished_yolos):
+    result = json.loads((finished_yolos / "result.json").read_text())
+    assert "AP" in result and "mask_AP" not in result
+    found = json.loads((finished_yolos / "detections.json").read_text())
+    assert len(found) == 6 * 9 and {r["token"] for r in found} == set(range(9))
+
+
+def test_evaluation_of_yolos_shows_what_its_tokens_find(finished_yolos, shapes, capsys):
+    state = torch.load(finished_yolos / "best.pt", weights_only=True)
+    state["model"]["class_embed.layers.2.bias"][2] += 100  # every token is sure of a triangle
+    torch.save(state, finished_yolos / "best.pt")
+    assert run_yolos("--data", shapes, "--out", finished_yolos, "--eval-only") == 0
+    numbers = re.search(
+        r"place (\S+) \(by chance .*\), size (\S+) .*, category (\S+) ", capsys.readouterr().out
+    )
+    assert 0.9 < float(numbers[1]) <= 1 and float(numbers[3]) == 0
+    assert (finished_yolos / "tokens.png").stat().st_size > 1000
+
+
+def test_attention_is_drawn_beside_predictions(finished_yolos, shapes, capsys):
+    picture = next((shapes / "val2017").iterdir())
+    args = ("--out", finished_yolos, "--predict", picture, "--attention")
+    assert run_yolos(*args, 0, 8) == 0 and run_yolos(*args) == 0
+    assert capsys.readouterr().out.count("box and one map a head ->") == 2
+    assert (finished_yolos / f"predict-1-{picture.stem}-attention.png").exists()
+    assert run_yolos(*args, 9) == 2
+    assert "--attention: yolos has 9 [DET] tokens, from 0 on" in capsys.readouterr().err
+
+
+def test_attention_is_refused_where_there_is_none(finished, shapes, capsys):
+    picture = next((shapes / "val2017").iterdir())
+    assert run("--out", finished, "--predict", picture, "--attention", tiny=False) == 2
+    assert "--attention: mimdet has 0 [DET] tokens" in capsys.readouterr().err
+
+
+def test_files_with_the_authors_arguments_inside_are_read(finished_yolos, shapes, tmp_path, capsys):
+    state = torch.load(finished_yolos / "last.pt", weights_only=True)["model"]
+    state["class_embed.layers.2.weight"] = torch.zeros(92, 32)
+    state["class_embed.layers.2.bias"] = torch.zeros(92)
+    released = dict(model=state, args=argparse.Namespace(lr=1e-4, device="cuda"), epoch=299)
+    torch.save(released, tmp_path / "yolos.pth")
+    args = ("--data", shapes, "--out", tmp_path / "run", "--init", tmp_path / "yolos.pth")
+    assert run_yolos(*args, "--eval-only", "--set", *TINY_YOLOS) == 0
+    out = capsys.readouterr().out
+    assert "29 of 31 tensors loaded" in out and "other shape, not loaded: 2: class_embed" in out
+
+    class Evil(argparse.Namespace):
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "owned",))
+
+    torch.save(released | dict(args=argparse.Namespace(x=Evil())), tmp_path / "yolos.pth")
+    assert run_yolos(*args, "--eval-only", "--set", *TINY_YOLOS) == 2
+    assert "not a checkpoint of plain tensors" in capsys.readouterr().err
+    assert not (tmp_path / "owned").exists()
+
+
+def test_an_encoder_trained_by_mimdet_goes_on_in_yolos(finished, shapes, tmp_path, capsys):
+    args = ("--data", shapes, "--out", tmp_path / "run", "--steps", 1, "--batch-size", 8)
+    init = ("--init", finished / "best.pt", "--set", "embed_dim=64", "depth=1", "num_heads=1")
+    assert run_yolos(*args, *init) == 0
+    assert re.search(
+        r"best.pt: 28 of 4\d tensors loaded, 1 of them resized", capsys.readouterr().out
+    )
 
 
 def test_a_finished_run_is_not_overwritten(finished, shapes, capsys):
