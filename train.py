@@ -552,7 +552,9 @@ def summary():
     for name, module in MODELS.items():
         for variant, config in module.CONFIGS.items():
             recipe = module.RECIPES.get(variant, module.RECIPES["paper"])
-            size = (recipe["sizes"][-1], recipe["max_size"]) if recipe["sizes"] else (128, 128)
+            size, sizes = (128, 128), recipe["sizes"]
+            if sizes:  # the largest picture of an evaluation
+                size = (sizes[-1], recipe["max_size"] * sizes[-1] // max(sizes))
             with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
                 net = module.build(config, 80).eval()
                 net.dense([torch.rand(3, *size)])

@@ -48,16 +48,18 @@ class Config:
 
 
 # fmt: off
-CONFIGS = {  # parameters with the authors' 91 classes; with 80
+CONFIGS = {  # with the parameters for 80 classes, and for the authors' 91
     # Differs: stem, anchors, patch_loss and xavier, because plain YOLOS learns next to nothing from
     # scratch in minutes (Table 2: 19.7 AP after 600 epochs). README says what each is worth.
-    "nano": Config(embed_dim=128, depth=4, num_heads=4, det_tokens=25, pos_grid=(10, 10),
-                   mid_pos_grid=(), stem="conv", anchors=True, patch_loss=1.0, xavier=True),
-    "tiny": Config(embed_dim=192, num_heads=3, pos_grid=(50, 83), mid_pos_grid=()),  # 6,488,736
-    "small": Config(embed_dim=384, num_heads=6, pos_grid=(32, 54), mid_pos_grid=(32, 54)),
+    "nano": Config(embed_dim=128, depth=3, num_heads=2, det_tokens=25, pos_grid=(10, 10),
+                   mid_pos_grid=(), stem="conv", anchors=True, patch_loss=1.0, xavier=True),  # 805,733
+    "tiny": Config(embed_dim=192, num_heads=3, pos_grid=(50, 83),
+                   mid_pos_grid=()),  # 6,486,613; 6,488,736
+    "small": Config(embed_dim=384, num_heads=6, pos_grid=(32, 54),
+                    mid_pos_grid=(32, 54)),  # 30,680,533; 30,684,768
     "small_dwr": Config(embed_dim=330, depth=14, num_heads=6, pos_grid=(32, 54),
-                        mid_pos_grid=(32, 54)),
-    "base": Config(),
+                        mid_pos_grid=(32, 54)),  # 27,558,055; 27,561,696
+    "base": Config(),  # 127,789,909; 127,798,368
 }
 PAPER = dict(
     lr=2.5e-5, batch_size=8,
@@ -67,7 +69,7 @@ PAPER = dict(
 )
 RECIPES = {
     # nano: images keep their own size (sizes=()) up to a long side of 320.
-    "nano": dict(lr=1e-3, batch_size=16, weight_decay=0.05, clip=1.0, epochs=6, warmup=100,
+    "nano": dict(lr=8e-4, batch_size=8, weight_decay=0.05, clip=1.0, epochs=11, warmup=100,
                  schedule="cosine", sizes=(), max_size=320, multiple=16, crop=()),
     "paper": PAPER,
     "tiny": PAPER | dict(lr=5e-5, batch_size=16, epochs=300, max_size=1013,
@@ -220,6 +222,8 @@ class Backbone(nn.Module):
         self.config = c
         if c.stem not in ("patch", "conv"):
             raise ValueError(f'stem must be "patch" or "conv", not "{c.stem}"')
+        if c.det_tokens < 1 or c.anchors and c.pos_grid[0] != c.pos_grid[-1]:
+            raise ValueError("give at least one det_token, and with anchors a square pos_grid")
         self.patch_embed = ConvStem(c.embed_dim) if c.stem == "conv" else PatchEmbed(c.embed_dim)
         self.cls_token = nn.Parameter(trunc_normal(1, 1, c.embed_dim))
         self.det_token = nn.Parameter(trunc_normal(1, c.det_tokens, c.embed_dim))
@@ -231,10 +235,11 @@ class Backbone(nn.Module):
         self.norm = nn.LayerNorm(c.embed_dim, eps=1e-6)
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
                 if c.xavier:
                     nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                else:
+                    nn.init.trunc_normal_(module.weight, std=0.02)
 
     def forward(self, x, grids):
         """Padded images (B, 3, H, W), of which grids[b] patches (h, w) are real.
