@@ -358,14 +358,18 @@ def evaluate(dataset, results):
 # --- 5. Draw --------------------------------------------------------------------------------------
 
 
+def enlarge(image):
+    """Image (3, H, W), each pixel repeated zoom times if that is needed to see it; and zoom."""
+    zoom = max(1, round(320 / max(image.shape[-2:])))
+    return image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2), zoom
+
+
 def draw(image, found, classes, threshold=0.5):
     """Image (3, H, W) in [0, 1] with boxes, masks and names drawn on it: (3, H', W') uint8.
 
     Small images are enlarged so that the names can be read.
     """
-    zoom = max(1, round(320 / max(image.shape[-2:])))
-    canvas = (image.clamp(0, 1) * 255).to("cpu", torch.uint8)
-    canvas = canvas.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    canvas, zoom = enlarge((image.clamp(0, 1) * 255).to("cpu", torch.uint8))
     keep = (found.get("scores", torch.ones(len(found["boxes"]))) >= threshold).cpu()
     if not keep.any():
         return canvas
@@ -399,16 +403,20 @@ def save_pictures(path, rows):
 
 def draw_attention(image, box_xyxy, maps):
     """Image (3, H, W) in [0, 1] with a box, then the image lit by each attention map (h, w)."""
-    zoom = max(1, round(320 / max(image.shape[-2:])))
-    image, box_xyxy = (
-        image.cpu().repeat_interleave(zoom, 1).repeat_interleave(zoom, 2),
-        box_xyxy * zoom,
+    image, zoom = enlarge(image.cpu())
+    light = maps.cpu() / maps.cpu().amax(dim=(1, 2), keepdim=True)
+    light = v2.functional.resize(light, image.shape[1:])
+    first = draw_bounding_boxes(
+        (image * 255).byte(), box_xyxy.cpu()[None] * zoom, colors="red", width=2
     )
-    height, width = image.shape[-2:]
-    maps = (maps / maps.amax(dim=(1, 2), keepdim=True)).cpu()
-    light = v2.functional.resize(maps, (height, width), interpolation=PIL.Image.Resampling.BILINEAR)
-    first = draw_bounding_boxes((image * 255).byte(), box_xyxy.cpu()[None], colors="red", width=2)
-    return [first, *((image * (0.15 + 0.85 * m)).mul(255).byte() for m in light)]
+    return [first, *((image * (0.15 + 0.85 * m) * 255).byte() for m in light)]
+
+
+def relative_boxes(dataset, results):
+    """Boxes (D, 4) of detections, or annotations, as cxcywh in shares of their images."""
+    size_of = {image["id"]: [image["width"], image["height"]] * 2 for image in dataset.images}
+    boxes = box_convert(torch.tensor([r["bbox"] for r in results]).float(), "xywh", "cxcywh")
+    return boxes / torch.tensor([size_of[r["image_id"]] for r in results])
 
 
 def draw_tokens(path, dataset, results, side=120):
@@ -417,7 +425,6 @@ def draw_tokens(path, dataset, results, side=120):
     Colours: COCO's small boxes blue, medium ones green, large ones red. The first panel shows the
     ground truth. results: detections with a token, see to_results.
     """
-    size_of = {image["id"]: (image["width"], image["height"]) for image in dataset.images}
     panels = {"truth": [a for a in dataset.truth.dataset["annotations"] if not a["iscrowd"]]}
     for result in sorted(results, key=lambda r: r["token"]):
         panels.setdefault(f"token {result['token']}", []).append(result)
@@ -425,24 +432,17 @@ def draw_tokens(path, dataset, results, side=120):
     for name, found in panels.items():
         panel = PIL.Image.new("RGB", (side, side + 60), "white")
         pen = PIL.ImageDraw.Draw(panel)
-        for x, y, w, h, image_id in ((*r["bbox"], r["image_id"]) for r in found):
-            color = ("blue", "green", "red")[(w * h >= 32**2) + (w * h >= 96**2)]
-            at = [
-                side * (p + d / 2) / s
-                for p, d, s in zip((x, y), (w, h), size_of[image_id], strict=True)
-            ]
-            pen.ellipse([at[0] - 1, at[1] - 1, at[0] + 1, at[1] + 1], color)
-        counts = np.bincount(
-            [dataset.label_of[r["category_id"]] for r in found], minlength=len(dataset.classes)
-        )
-        bar = side / len(counts)
-        for label, share in enumerate(counts / counts.max()):
-            top = side + 44 - 40 * share
-            pen.rectangle(
-                [bar * label, top, max(bar * label, bar * (label + 1) - 2), side + 44],
-                COLORS[label % len(COLORS)],
-            )
         pen.rectangle([0, 0, side - 1, side - 1], outline="black")
+        for result, (x, y, _, _) in zip(found, relative_boxes(dataset, found) * side, strict=True):
+            area = math.prod(result["bbox"][2:])
+            color = ("blue", "green", "red")[(area >= 32**2) + (area >= 96**2)]
+            pen.ellipse([x - 1, y - 1, x + 1, y + 1], color)
+        labels = [dataset.label_of[result["category_id"]] for result in found]
+        counts = np.bincount(labels, minlength=len(dataset.classes))
+        width, bottom = side / len(counts), side + 44
+        for label, height in enumerate(40 * counts / max(1, counts.max())):
+            bar = [width * label, bottom - height, max(width, 2) * (label + 1) - 2, bottom]
+            pen.rectangle(bar, COLORS[label % len(COLORS)])
         pen.text((2, side + 46), f"{name}: {len(found)}", "black")
         pictures.append(torch.from_numpy(np.array(panel)).permute(2, 0, 1))
     columns = math.ceil(math.sqrt(1.6 * len(pictures)))

@@ -531,19 +531,13 @@ def show_tokens(args, module, dataset):
     if not results:
         return print("no detection has a score of 0.5: nothing to say of the [DET] tokens")
     coco.draw_tokens(args.out / "tokens.png", dataset, results)
-    size_of = {image["id"]: (image["width"], image["height"]) for image in dataset.images}
-    boxes = torch.tensor([r["bbox"] for r in results]) / torch.tensor(
-        [size_of[r["image_id"]] * 2 for r in results]
-    )
     tokens = torch.tensor([r["token"] for r in results])
     labels = torch.tensor([dataset.label_of[r["category_id"]] for r in results])
-    told = module.specialisation(
-        tokens, torch.cat([boxes[:, :2] + boxes[:, 2:] / 2, boxes[:, 2:]], 1), labels
-    )
-    parts = ", ".join(
+    told = module.specialisation(tokens, coco.relative_boxes(dataset, results), labels)
+    parts = [
         f"{what} {share:.2f} (by chance {chance:.2f})" for what, (share, chance) in told.items()
-    )
-    print(f"share of a box's place, size and category that its [DET] token tells: {parts}")
+    ]
+    print(f"of a box's place, size and category its [DET] token tells: {', '.join(parts)}")
 
 
 def summary():

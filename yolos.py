@@ -52,7 +52,8 @@ CONFIGS = {  # with the parameters for 80 classes, and for the authors' 91
     # Differs: stem, anchors, patch_loss and xavier, because plain YOLOS learns next to nothing from
     # scratch in minutes (Table 2: 19.7 AP after 600 epochs). README says what each is worth.
     "nano": Config(embed_dim=128, depth=3, num_heads=2, det_tokens=25, pos_grid=(10, 10),
-                   mid_pos_grid=(), stem="conv", anchors=True, patch_loss=1.0, xavier=True),  # 805,733
+                   mid_pos_grid=(), stem="conv", anchors=True, patch_loss=1.0,
+                   xavier=True),  # 805,733
     "tiny": Config(embed_dim=192, num_heads=3, pos_grid=(50, 83),
                    mid_pos_grid=()),  # 6,486,613; 6,488,736
     "small": Config(embed_dim=384, num_heads=6, pos_grid=(32, 54),
@@ -510,9 +511,7 @@ class YOLOS(nn.Module):
         """
         x, sizes = pad_batch([image], 16)
         (grid,), last, seen = token_grids(sizes), self.backbone.blocks[-1], []
-        hook = last.norm1.register_forward_hook(
-            lambda _module, _inputs, output: seen.append(output)
-        )
+        hook = last.norm1.register_forward_hook(lambda *args: seen.append(args[-1]))
         self.backbone(x, [grid])
         hook.remove()
         heads, Q = last.attn.num_heads, self.config.det_tokens
