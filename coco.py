@@ -221,7 +221,7 @@ class Transform:
         short, longest = sizes[-1], r["max_size"] * sizes[-1] // max(sizes)
         if self.train:
             short, longest = choice(sizes), r["max_size"]
-        return self.resize(image, target, short, longest, r["multiple"])
+        return self.resize(image, target, short, longest, r.get("multiple", 1))
 
     @staticmethod
     def resize(image, target, short, longest=math.inf, multiple=1):
@@ -306,8 +306,9 @@ def to_results(dataset, target, output):
         dict(image_id=target["image_id"], category_id=i, bbox=box, score=score)
         for i, box, score in zip(ids, boxes, scores, strict=True)
     ]
-    for result, token in zip(results, output.get("tokens", ()), strict=False):
-        result["token"] = int(token)  # which [DET] token answered
+    if "tokens" in output:  # which [DET] token answered
+        for result, token in zip(results, output["tokens"].tolist(), strict=True):
+            result["token"] = token
     if "masks" in output:
         masks = output["masks"].permute(1, 2, 0).to("cpu", torch.uint8).numpy()
         for result, rle in zip(results, mask_api.encode(np.asfortranarray(masks)), strict=True):
@@ -404,7 +405,7 @@ def save_pictures(path, rows):
 def draw_attention(image, box_xyxy, maps):
     """Image (3, H, W) in [0, 1] with a box, then the image lit by each attention map (h, w)."""
     image, zoom = enlarge(image.cpu())
-    light = maps.cpu() / maps.cpu().amax(dim=(1, 2), keepdim=True)
+    light = maps.cpu() / maps.cpu().amax(dim=(1, 2), keepdim=True).clamp(min=1e-9)
     light = v2.functional.resize(light, image.shape[1:])
     first = draw_bounding_boxes(
         (image * 255).byte(), box_xyxy.cpu()[None] * zoom, colors="red", width=2
@@ -415,8 +416,9 @@ def draw_attention(image, box_xyxy, maps):
 def relative_boxes(dataset, results):
     """Boxes (D, 4) of detections, or annotations, as cxcywh in shares of their images."""
     size_of = {image["id"]: [image["width"], image["height"]] * 2 for image in dataset.images}
-    boxes = box_convert(torch.tensor([r["bbox"] for r in results]).float(), "xywh", "cxcywh")
-    return boxes / torch.tensor([size_of[r["image_id"]] for r in results])
+    boxes = torch.tensor([r["bbox"] for r in results]).float().reshape(-1, 4)
+    sizes = torch.tensor([size_of[r["image_id"]] for r in results]).reshape(-1, 4)
+    return box_convert(boxes, "xywh", "cxcywh") / sizes
 
 
 def draw_tokens(path, dataset, results, side=120):
@@ -441,8 +443,10 @@ def draw_tokens(path, dataset, results, side=120):
         counts = np.bincount(labels, minlength=len(dataset.classes))
         width, bottom = side / len(counts), side + 44
         for label, height in enumerate(40 * counts / max(1, counts.max())):
-            bar = [width * label, bottom - height, max(width, 2) * (label + 1) - 2, bottom]
-            pen.rectangle(bar, COLORS[label % len(COLORS)])
+            left, right = width * label, max(width * label, width * (label + 1) - 2)
+            if height:
+                color = COLORS[label % len(COLORS)]
+                pen.rectangle([left, bottom - height, right, bottom], color)
         pen.text((2, side + 46), f"{name}: {len(found)}", "black")
         pictures.append(torch.from_numpy(np.array(panel)).permute(2, 0, 1))
     columns = math.ceil(math.sqrt(1.6 * len(pictures)))

@@ -548,7 +548,8 @@ def summary():
             recipe = module.RECIPES.get(variant, module.RECIPES["paper"])
             size, sizes = (128, 128), recipe["sizes"]
             if sizes:  # the largest picture of an evaluation
-                size = (sizes[-1], recipe["max_size"] * sizes[-1] // max(sizes))
+                longest = recipe["max_size"] * sizes[-1] // max(sizes)
+                size = (sizes[-1], longest // recipe["multiple"] * recipe["multiple"])
             with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
                 net = module.build(config, 80).eval()
                 net.dense([torch.rand(3, *size)])
@@ -612,6 +613,8 @@ def peak_memory(device):
 
 def run(args):
     module = MODELS[args.model]
+    if args.attention is not None and not args.predict:
+        raise DataError("--attention goes with --predict IMAGE")
     if args.variant not in module.CONFIGS:
         raise DataError(f"--variant {args.variant}: {args.model} has {', '.join(module.CONFIGS)}")
     args.out = choose_out(args)

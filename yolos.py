@@ -50,7 +50,7 @@ class Config:
 # fmt: off
 CONFIGS = {  # with the parameters for 80 classes, and for the authors' 91
     # Differs: stem, anchors, patch_loss and xavier, because plain YOLOS learns next to nothing from
-    # scratch in minutes (Table 2: 19.7 AP after 600 epochs). README says what each is worth.
+    # scratch in minutes (Table 2: 19.7 AP after 600 epochs).
     "nano": Config(embed_dim=128, depth=3, num_heads=2, det_tokens=25, pos_grid=(10, 10),
                    mid_pos_grid=(), stem="conv", anchors=True, patch_loss=1.0,
                    xavier=True),  # 805,733
@@ -63,8 +63,8 @@ CONFIGS = {  # with the parameters for 80 classes, and for the authors' 91
     "base": Config(),  # 127,789,909; 127,798,368
 }
 PAPER = dict(
-    lr=2.5e-5, batch_size=8,
-    weight_decay=1e-4, clip=0.1, epochs=150, warmup=0, schedule="cosine",
+    lr=2.5e-5, batch_size=8, weight_decay=1e-4, clip=0.1, epochs=150, warmup=0,
+    schedule="cosine",  # Differs: falls with every step, to 0; released: every epoch, to 1e-7
     sizes=tuple(range(480, 801, 16)), max_size=1333, multiple=16,  # sides are cut to multiples
     crop=(384, 600),  # every second image: short side 400-600, then a crop with sides in this range
 )
@@ -223,8 +223,13 @@ class Backbone(nn.Module):
         self.config = c
         if c.stem not in ("patch", "conv"):
             raise ValueError(f'stem must be "patch" or "conv", not "{c.stem}"')
-        if c.det_tokens < 1 or c.anchors and c.pos_grid[0] != c.pos_grid[-1]:
-            raise ValueError("give at least one det_token, and with anchors a square pos_grid")
+        grids = [c.pos_grid, c.mid_pos_grid or c.pos_grid]
+        if c.det_tokens < 1 or any(len(grid) != 2 or min(grid) < 1 for grid in grids):
+            raise ValueError("give det_tokens of 1 or more, and position grids like 50,84")
+        if c.anchors and (c.pos_grid[0] != c.pos_grid[1] or c.embed_dim % 4):
+            raise ValueError("anchors need a square pos_grid and an embed_dim divisible by 4")
+        if c.stem == "conv" and c.embed_dim < 8:
+            raise ValueError("stem=conv needs an embed_dim of 8 or more")
         self.patch_embed = ConvStem(c.embed_dim) if c.stem == "conv" else PatchEmbed(c.embed_dim)
         self.cls_token = nn.Parameter(trunc_normal(1, 1, c.embed_dim))
         self.det_token = nn.Parameter(trunc_normal(1, c.det_tokens, c.embed_dim))
@@ -356,7 +361,7 @@ def hungarian_match(logits, boxes_norm, targets, points=None):
     dict(labels (M,), boxes_norm (M, 4)). Returns a list of (query ids, object ids), two int64
     tensors of min(Q, M) entries. The cost: 5 L1 - probability of the object's class - 2 GIoU.
     points: (Q, 2), where queries stand; then 20 times the distance of the object's centre is added,
-    which makes one and the same query responsible from the start, whatever it predicts yet.
+    which favours one and the same query from the start, when predictions say little yet.
     """
     labels, wanted = (torch.cat([t[key] for t in targets]) for key in ("labels", "boxes_norm"))
     scores, found = logits.flatten(0, 1).float().softmax(dim=1), boxes_norm.flatten(0, 1)
@@ -365,7 +370,7 @@ def hungarian_match(logits, boxes_norm, targets, points=None):
     cost = (5 * l1 - scores[:, labels] - 2 * giou).nan_to_num()
     cost = cost.unflatten(0, logits.shape[:2])  # (B, Q, all M)
     if points is not None:
-        cost = cost + 20 * torch.cdist(points, wanted[:, :2])
+        cost = cost + 20 * (points[:, None] - wanted[:, :2]).norm(dim=2)
     cost = cost.cpu()  # one transfer for the batch
     parts = cost.split([len(t["labels"]) for t in targets], dim=2)
     pairs = [linear_sum_assignment(part[i]) for i, part in enumerate(parts)]
@@ -387,12 +392,12 @@ class MLP(nn.Module):
         return last(F.relu(second(F.relu(first(x)))))
 
 
-def set_losses(logits, boxes_norm, targets, pairs, no_object_weight):
+def set_losses(logits, boxes_norm, targets, pairs, no_object_weight, number):
     """DETR's losses of matched queries (arXiv:2005.12872, Sec. 3.1): class, 5 x L1, 2 x (1 - GIoU).
 
     Arguments and pairs as in hungarian_match. Queries without an object should answer the last
-    class. The box losses are divided by the mean number of pairs a process has, the class loss,
-    weighted by class, is not.
+    class. The box losses are divided by `number`, averaged over all processes and at least 1; the
+    class loss is a mean weighted by class.
     """
     wanted = torch.full(logits.shape[:2], logits.shape[2] - 1, device=logits.device)  # (B, Q)
     for row, target, (query, item) in zip(wanted, targets, pairs, strict=True):
@@ -401,7 +406,7 @@ def set_losses(logits, boxes_norm, targets, pairs, no_object_weight):
     weight[-1] = no_object_weight
     found = torch.cat([b[query] for b, (query, _) in zip(boxes_norm, pairs, strict=True)])
     truth = torch.cat([t["boxes_norm"][item] for t, (_, item) in zip(targets, pairs, strict=True)])
-    number = torch.tensor(float(len(found)), device=logits.device)
+    number = torch.tensor(float(number), device=logits.device)
     if dist.is_initialized():
         dist.all_reduce(number)
         number /= dist.get_world_size()
@@ -462,7 +467,8 @@ class YOLOS(nn.Module):
 
     def heads(self, tokens, points=None):
         """Logits (B, Q, K + 1) and boxes (B, Q, 4) of tokens (B, Q, C), around points (Q, 2)."""
-        boxes = self.bbox_embed(tokens).float()  # (B, Q, 4)
+        with torch.autocast(tokens.device.type, enabled=False):  # bf16 would round to pixels
+            boxes = self.bbox_embed(tokens.float())  # (B, Q, 4)
         if points is not None:
             boxes = boxes + F.pad(points.logit(), (0, 2))
         return self.class_embed(tokens), boxes.sigmoid()
@@ -476,7 +482,8 @@ class YOLOS(nn.Module):
             for t, size in zip(targets, sizes, strict=True)
         ]
         pairs = hungarian_match(*found, targets, points)
-        losses = set_losses(*found, targets, pairs, c.no_object_weight)
+        objects = sum(len(t["labels"]) for t in targets)
+        losses = set_losses(*found, targets, pairs, c.no_object_weight, objects)
         if c.patch_loss:
             dense = self.patch_losses(patches, grids, targets)
             losses |= {f"loss_patch_{k[5:]}": c.patch_loss * v for k, v in dense.items()}
@@ -496,12 +503,13 @@ class YOLOS(nn.Module):
         points = torch.cat(points) if self.config.anchors else None
         targets = {key: torch.cat([t[key] for t in targets]) for key in targets[0]}
         found = self.heads(torch.cat(tokens)[None], points)
-        return set_losses(*found, [targets], [(patch, item[patch])], 1.0)
+        return set_losses(*found, [targets], [(patch, item[patch])], 1.0, len(patch))
 
     def dense(self, images):
         """Every layer once, on fixed shapes: what --summary counts."""
         x, sizes = pad_batch(images, 16)
-        self.detect(x, token_grids(sizes))
+        tokens, _ = self.backbone(x, token_grids(sizes))
+        self.class_embed(tokens), self.bbox_embed(tokens)
 
     @torch.no_grad()
     def attention(self, image):
@@ -535,7 +543,8 @@ def specialisation(tokens, boxes_norm, labels):
 
     tokens (D,), boxes_norm (D, 4) cxcywh, labels (D,) of detections over a data set. Returns for
     each of "place" (3x3 cells), "size" (thirds by area) and "category" the share of its entropy
-    that knowing the token removes, I(x; token) / H(x), and the same for shuffled tokens.
+    that knowing the token removes, I(x; token) / H(x), and the same for shuffled tokens. The three
+    are not independent: where a box is also limits how large it can be.
     """
     cell, area = (boxes_norm[:, :2] * 3).long().clamp(0, 2), boxes_norm[:, 2:].prod(dim=1)
     thirds = torch.bucketize(area, area.quantile(area.new_tensor([1 / 3, 2 / 3])))
@@ -560,7 +569,7 @@ def param_groups(model, recipe):
     """
     exempt, groups = ("pos_embed", "cls_token", "det_token"), {}
     for name, p in model.named_parameters():
-        backbone, _, last = name.rpartition(".")
+        last = name.rpartition(".")[2]
         decays = name.startswith(("class_embed", "bbox_embed")) or p.ndim > 1 and last not in exempt
         groups.setdefault(decays, []).append(p)
     return [
@@ -571,6 +580,7 @@ def param_groups(model, recipe):
 
 # COCO's 80 category ids among 1..90, in the order of labels 0..79.
 UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+# Differs: rows no category uses are dropped, so they have no part in the softmax of the scores.
 COCO_IDS = [i for i in range(1, 91) if i not in UNUSED_IDS]
 
 
@@ -579,7 +589,7 @@ def from_official(state_dict, config=CONFIGS["base"], num_classes=80):
 
     Reads YOLOS's releases, whose class layer has a row for each of COCO's ids 0..90 and one for "no
     object": num_classes=80 keeps those of its 80 categories, 91 all. Reads ViTs named as in timm:
-    DeiT, also distilled, MAE, SimMIM's plain ViT and this project's encoders. Their position table
+    DeiT, also distilled, MAE and this project's encoders. Their position table
     is resized to config.pos_grid; what has no place here (classifiers, distillation token,
     decoders) is left out, and [DET] tokens keep their initial values.
     """

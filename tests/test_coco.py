@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import PIL.Image
+import PIL.ImageColor
 import pytest
 import torch
 
@@ -318,6 +319,19 @@ def test_broken_annotations_are_said(write_coco):
 
 
 # --- Draw and shapes ------------------------------------------------------------------------------
+
+
+def test_token_panels_have_room_for_every_class(shapes, tmp_path):
+    dataset = coco.CocoDataset(shapes, "val")
+    dataset.classes = [{"id": i, "name": str(i)} for i in range(80)]
+    dataset.label_of = {i: i for i in range(80)}
+    about = dict(bbox=[10, 10, 50, 50], image_id=dataset.images[0]["id"], token=4)
+    coco.draw_tokens(tmp_path / "a.png", dataset, [about | dict(category_id=79)])
+    panel = np.array(PIL.Image.open(tmp_path / "a.png"))[
+        120:164, 124:244
+    ]  # bars of the second, token 4
+    green = (panel == PIL.ImageColor.getrgb(coco.COLORS[79 % 10])).all(axis=2).nonzero()
+    assert green[1].min() == 118 and len(set(green[1])) <= 2  # one narrow bar at the right end
 
 
 def test_pictures_show_what_is_sure(tmp_path):

@@ -86,7 +86,9 @@ def test_matching_losses_and_gradients_equal_the_released_ones(case):
     pairs = yolos.hungarian_match(logits, boxes, targets)
     assert [[side.tolist() for side in pair] for pair in pairs] == expected["indices"]
     logits.requires_grad_(), boxes.requires_grad_()
-    losses = yolos.set_losses(logits, boxes, targets, pairs, no_object_weight=0.1)
+    losses = yolos.set_losses(
+        logits, boxes, targets, pairs, 0.1, number=sum(len(t["labels"]) for t in targets)
+    )
     names = {
         "loss_cls": ("loss_ce", 1),
         "loss_box": ("loss_bbox", 5),

@@ -264,16 +264,17 @@ def test_yolos_trains_and_evaluates_boxes(finished_yolos):
     assert len(found) == 6 * 9 and {r["token"] for r in found} == set(range(9))
 
 
-def test_evaluation_of_yolos_shows_what_its_tokens_find(finished_yolos, shapes, capsys):
-    state = torch.load(finished_yolos / "best.pt", weights_only=True)
+def test_evaluation_of_yolos_shows_what_its_tokens_find(finished_yolos, shapes, tmp_path, capsys):
+    out = shutil.copytree(finished_yolos, tmp_path / "run")
+    state = torch.load(out / "best.pt", weights_only=True)
     state["model"]["class_embed.layers.2.bias"][2] += 100  # every token is sure of a triangle
-    torch.save(state, finished_yolos / "best.pt")
-    assert run_yolos("--data", shapes, "--out", finished_yolos, "--eval-only") == 0
+    torch.save(state, out / "best.pt")
+    assert run_yolos("--data", shapes, "--out", out, "--eval-only") == 0
     numbers = re.search(
         r"place (\S+) \(by chance .*\), size (\S+) .*, category (\S+) ", capsys.readouterr().out
     )
     assert 0.9 < float(numbers[1]) <= 1 and float(numbers[3]) == 0
-    assert (finished_yolos / "tokens.png").stat().st_size > 1000
+    assert (out / "tokens.png").stat().st_size > 1000
 
 
 def test_attention_is_drawn_beside_predictions(finished_yolos, shapes, capsys):
@@ -284,6 +285,19 @@ def test_attention_is_drawn_beside_predictions(finished_yolos, shapes, capsys):
     assert (finished_yolos / f"predict-1-{picture.stem}-attention.png").exists()
     assert run_yolos(*args, 9) == 2
     assert "--attention: yolos has 9 [DET] tokens, from 0 on" in capsys.readouterr().err
+    assert run_yolos("--attention") == 2
+    assert "--attention goes with --predict" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["det_tokens=0", "pos_grid=10", "pos_grid=10,5", "mid_pos_grid=4", "embed_dim=4", "stem=x"],
+)
+def test_impossible_settings_of_yolos_are_answered_in_one_line(setting, shapes, tmp_path, capsys):
+    args = ("--data", shapes, "--out", tmp_path / "run", "--set", setting)
+    assert run_yolos(*args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --set: ") and error.count("\n") == 1
 
 
 def test_attention_is_refused_where_there_is_none(finished, shapes, capsys):
