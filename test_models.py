@@ -650,8 +650,8 @@ def test_an_encoder_goes_from_mimdet_to_yolos(model):
 def top_level(file):
     text = file.read_text()
     for node in ast.parse(text).body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            yield node.name, ast.get_source_segment(text, node)
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):  # whole lines, with their comments
+            yield node.name, "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])
 
 
 def test_one_name_one_text():

@@ -42,7 +42,7 @@ class Config:
     checkpoint: bool = False  # recompute blocks in the backward pass, to save memory
     # The departures of nano, which learns from scratch in minutes; off in the paper's variants.
     stem: str = "patch"  # "patch": one 16x16 convolution; "conv": MIMDet's four 3x3 ones
-    anchors: bool = False  # [DET] tokens stand for points on a grid: see grid_points
+    anchors: bool = False  # [DET] tokens stand on points of a grid: see anchor_points
     patch_loss: float = 0.0  # weight of the same losses on patches, matched to what covers them
     xavier: bool = False  # initial weights of the blocks: Xavier instead of normal with std 0.02
 
@@ -112,7 +112,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, N, d)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, h, N, d)
-        return self.proj(x.transpose(1, 2).reshape(B, N, C))
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))  # (B, N, C)
 
 
 class Block(nn.Module):
@@ -163,7 +163,7 @@ class ConvStem(nn.Module):
         for stage in self.proj:
             x = stage(x)
             maps.append(x)
-        return maps[1:]
+        return maps[1:]  # (B, C/4, H/4, W/4), (B, C/2, H/8, W/8), (B, C, H/16, W/16)
 
 
 def sincos_pos_embed(dim, grid):
@@ -176,7 +176,7 @@ def sincos_pos_embed(dim, grid):
     axis = torch.cat([angle.sin(), angle.cos()], dim=1).float()  # (grid, dim/2)
     x, y = axis.expand(grid, grid, -1), axis[:, None].expand(grid, grid, -1)  # (grid, grid, dim/2)
     table = torch.cat([x, y], dim=-1).flatten(0, 1)  # (grid * grid, dim)
-    return torch.cat([torch.zeros(1, dim), table])[None]
+    return torch.cat([torch.zeros(1, dim), table])[None]  # (1, 1 + grid * grid, dim)
 
 
 def resize_grid(table, old_hw, new_hw):
@@ -185,7 +185,7 @@ def resize_grid(table, old_hw, new_hw):
         return table
     table = table.transpose(1, 2).unflatten(2, old_hw)  # (1, C, h, w)
     table = F.interpolate(table, size=new_hw, mode="bicubic", align_corners=False)
-    return table.flatten(2).transpose(1, 2)
+    return table.flatten(2).transpose(1, 2)  # (1, H * W, C)
 
 
 def pad_batch(images, multiple):
@@ -589,9 +589,9 @@ def from_official(state_dict, config=CONFIGS["base"], num_classes=80):
 
     Reads YOLOS's releases, whose class layer has a row for each of COCO's ids 0..90 and one for "no
     object": num_classes=80 keeps those of its 80 categories, 91 all. Reads ViTs named as in timm:
-    DeiT, also distilled, MAE and this project's encoders. Their position table
-    is resized to config.pos_grid; what has no place here (classifiers, distillation token,
-    decoders) is left out, and [DET] tokens keep their initial values.
+    DeiT, also distilled, MAE and this project's encoders. Their position table is resized to
+    config.pos_grid; what has no place here (classifiers, distillation token, decoders) is left
+    out, and [DET] tokens begin as if untrained.
     """
     state = state_dict.get("model", state_dict)
     if "backbone.det_token" in state:

@@ -134,6 +134,8 @@ def test_evaluation_alone_repeats_the_last_one(finished, shapes, tmp_path, capsy
         json.loads((path / "detections.json").read_text()) for path in (finished, tmp_path)
     )
     assert after == before and len(after) > 0
+    result = json.loads((finished / "result.json").read_text())
+    assert f"{result['AP']:.3f}" in capsys.readouterr().out
 
 
 def test_a_run_evaluates_as_often_as_promised(shapes, tmp_path, monkeypatch, capsys):
