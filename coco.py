@@ -6,8 +6,8 @@ Labels are 0..K-1 in the order of the json's categories; to_results maps them ba
 """
 
 import contextlib
-import copy
 import io
+import itertools
 import json
 import math
 import os
@@ -82,6 +82,8 @@ class CocoDataset(Dataset):
     transform's random choices fixed by seed. Raises DataError.
     """
 
+    task = "detect"
+
     def __init__(self, root, split, transform=None, limit=None, classes=None):
         self.file, self.folder = find_split(root, split)
         self.transform = transform
@@ -135,17 +137,23 @@ class CocoDataset(Dataset):
         x, y, w, h = annotation["bbox"]
         return min(x + w, image["width"]) > max(x, 0) and min(y + h, image["height"]) > max(y, 0)
 
-    def without_transform(self):
-        """The same images as they lie in their files."""
-        plain = copy.copy(self)
-        plain.transform = None
-        return plain
-
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, item):
         index, seed = item if isinstance(item, tuple) else (item, None)
+        info = self.images[index]
+        image, target = self.read(index)
+        if self.transform:
+            with torch.random.fork_rng(devices=[], enabled=seed is not None):
+                if seed is not None:
+                    torch.default_generator.manual_seed(seed)
+                image, target = self.transform(image, target)
+        image, target = finish(image, target)
+        return image, target | {"image_id": info["id"], "size": (info["height"], info["width"])}
+
+    def read(self, index):
+        """Image and target as they lie in the file, as torchvision's tv_tensors."""
         info, objects = self.images[index], self.objects[index]
         size = (info["height"], info["width"])
         image = tv_tensors.Image(read_image(self.folder / info["file_name"], size))
@@ -159,24 +167,91 @@ class CocoDataset(Dataset):
             masks = [torch.from_numpy(self.truth.annToMask(a)) for a in objects]
             masks = torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8)
             target["masks"] = tv_tensors.Mask(masks)
-        if self.transform:
-            with torch.random.fork_rng(devices=[], enabled=seed is not None):
-                if seed is not None:
-                    torch.default_generator.manual_seed(seed)
-                image, target = self.transform(image, target)
-        image, target = finish(image, target)
-        return image, target | {"image_id": info["id"], "size": size}
+        return image, target
+
+
+class ObjectCrops(CocoDataset):
+    """The objects one by one, for a classifier: square pieces of images, target dict(labels (1,)).
+
+    The square around a box is moved into the image, and cut where it is larger than the image.
+    """
+
+    task = "classify"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.crops, pieces = [], []
+        for image, objects in zip(self.images, self.objects, strict=True):
+            for a in objects:
+                x, y, w, h = a["bbox"]
+                left, right = piece(x, w, max(w, h), image["width"])
+                top, bottom = piece(y, h, max(w, h), image["height"])
+                self.crops.append((image, a, np.s_[:, top:bottom, left:right]))
+                pieces.append({"id": a["id"], "height": bottom - top, "width": right - left})
+        if not pieces:
+            raise DataError(f"{self.file}: no objects to classify")
+        self.images = pieces
+        self.notes.append("each object a picture of its own")
+
+    def read(self, index):
+        image, annotation, window = self.crops[index]
+        pixels = read_image(self.folder / image["file_name"], (image["height"], image["width"]))
+        label = self.label_of[annotation["category_id"]]
+        return tv_tensors.Image(pixels[window]), {"labels": torch.tensor([label])}
+
+
+def piece(start, length, side, limit):
+    """Whole pixels from..to of `side` around start..start + length, inside 0..limit."""
+    low = min(max(0, int(start + (length - side) / 2)), max(0, int(limit - side)))
+    return low, max(low + 1, min(limit, math.ceil(low + side)))
+
+
+class SemanticMaps(CocoDataset):
+    """For a segmenter: target dict(semantic (H, W) int64), the class of every pixel.
+
+    0..K-1 where an object is (the smallest, if several are), K elsewhere, -1 on crowd regions.
+    """
+
+    task = "segment"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not self.has_masks:
+            raise DataError(f"{self.file}: no masks to segment by; take a detector or a classifier")
+
+    def read(self, index):
+        info = self.images[index]
+        size = (info["height"], info["width"])
+        image = tv_tensors.Image(read_image(self.folder / info["file_name"], size))
+        return image, {"semantic": tv_tensors.Mask(self.paint(info["id"])[None])}
+
+    def paint(self, image_id):
+        """Classes (H, W) int64 of a whole image."""
+        info = self.truth.imgs[image_id]
+        canvas = torch.full((info["height"], info["width"]), len(self.classes))
+        annotations = self.truth.imgToAnns[image_id]
+        for a in sorted(annotations, key=lambda a: (not a["iscrowd"], -a["area"])):
+            mask = torch.from_numpy(self.truth.annToMask(a)).bool()
+            canvas[mask] = -1 if a["iscrowd"] else self.label_of[a["category_id"]]
+        return canvas
+
+
+DATASETS = {kind.task: kind for kind in (CocoDataset, ObjectCrops, SemanticMaps)}
 
 
 def finish(image, target):
     """Plain tensors, floats in [0, 1]; boxes clipped, objects of which nothing is left dropped."""
+    image = image.as_subclass(torch.Tensor).float() / 255
+    if "semantic" in target:
+        return image, {"semantic": target["semantic"].as_subclass(torch.Tensor)[0]}
+    if "boxes" not in target:
+        return image, target
     boxes = clip_boxes_to_image(target["boxes"].as_subclass(torch.Tensor), image.shape[-2:])
     keep = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
     if "masks" in target:
         target["masks"] = target["masks"].as_subclass(torch.Tensor).bool()
         keep &= target["masks"].flatten(1).any(dim=1)
-    target = {name: value[keep] for name, value in (target | {"boxes": boxes}).items()}
-    return image.as_subclass(torch.Tensor).float() / 255, target
+    return image, {name: value[keep] for name, value in (target | {"boxes": boxes}).items()}
 
 
 # --- 2. Transform ---------------------------------------------------------------------------------
@@ -201,32 +276,45 @@ class Transform:
 
     recipe: sizes (short sides in pixels; one is drawn in training, the last serves evaluation;
     empty: the image's own), max_size (of the long side at the largest short side), multiple (of
-    which both sides are), crop (smallest and largest side, of every second image; empty: none).
+    which both sides are), crop (empty: none). For task "detect" crop is the smallest and largest
+    side, of every second image; for "segment" one largest side, of every image; for "classify" the
+    smallest and largest share of the area, and images are resized to squares.
     """
 
-    def __init__(self, recipe, train):
-        self.recipe, self.train = recipe, train
+    def __init__(self, recipe, train, task="detect"):
+        self.recipe, self.train, self.task = recipe, train, task
 
     def __call__(self, image, target):
-        r = self.recipe
-        if self.train:
+        r, train = self.recipe, self.train
+        if train:
             image, target = v2.RandomHorizontalFlip(0.5)(image, target)
-            if r["crop"] and torch.rand(()) < 0.5:
-                image, target = self.resize(image, target, choice((400, 500, 600)))
-                low, high = r["crop"]
-                limits = [(min(s, low), min(s, high) + 1) for s in image.shape[-2:]]
-                size = [int(torch.randint(*limit, ())) for limit in limits]
-                image, target = v2.RandomCrop(size)(image, target)
+        if self.task == "classify":
+            side, bicubic = [r["sizes"][-1]] * 2, v2.InterpolationMode.BICUBIC
+            if train and r["crop"]:
+                return v2.RandomResizedCrop(side, r["crop"], interpolation=bicubic)(image, target)
+            return v2.Resize(side, bicubic)(image, target)
+        if train and len(r["crop"]) == 2 and torch.rand(()) < 0.5:
+            image, target = self.resize(image, target, choice((400, 500, 600)))
+            image, target = self.crop(image, target, *r["crop"])
         sizes = r["sizes"] or [min(image.shape[-2:])]
         short, longest = sizes[-1], r["max_size"] * sizes[-1] // max(sizes)
-        if self.train:
+        if train:
             short, longest = choice(sizes), r["max_size"]
-        return self.resize(image, target, short, longest, r.get("multiple", 1))
+        image, target = self.resize(image, target, short, longest, r.get("multiple", 1))
+        if train and len(r["crop"]) == 1:
+            image, target = self.crop(image, target, *r["crop"], *r["crop"])
+        return image, target
 
     @staticmethod
     def resize(image, target, short, longest=math.inf, multiple=1):
         size = resized(*image.shape[-2:], short, longest, multiple)
         return v2.Resize(size)(image, target) if size != image.shape[-2:] else (image, target)
+
+    @staticmethod
+    def crop(image, target, low, high):
+        """A random place of the image, its sides drawn from low..high where it is so large."""
+        limits = [(min(side, low), min(side, high) + 1) for side in image.shape[-2:]]
+        return v2.RandomCrop([int(torch.randint(*limit, ())) for limit in limits])(image, target)
 
 
 def choice(values):
@@ -296,14 +384,27 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def to_results(dataset, target, output):
-    """One image's detections in COCO's result format: category ids, xywh boxes, RLE masks."""
+    """One image's answer as json: detections in COCO's result format (category ids, xywh boxes, RLE
+    masks); of a classifier the category found and the true one; of a segmenter how many pixels of
+    each class it called what, [truth, found, pixels].
+    """
     from pycocotools import mask as mask_api
 
+    about = dict(image_id=target["image_id"])
+    if "logits" in output:
+        score, label = output["logits"].softmax(dim=0).max(dim=0)
+        ids = [dataset.classes[int(x)]["id"] for x in (label, target["labels"])]
+        return [about | dict(category_id=ids[0], score=score.item(), true_id=ids[1])]
+    if "semantic" in output:
+        truth, found = dataset.paint(target["image_id"]), output["semantic"].cpu()
+        pairs = torch.stack([truth, found])[:, truth >= 0]  # (2, pixels)
+        pairs, pixels = pairs.unique(dim=1, return_counts=True)
+        return [about | dict(pixels=torch.cat([pairs, pixels[None]]).T.tolist())]
     boxes = box_convert(output["boxes"].float(), "xyxy", "xywh").tolist()
     scores, labels = output["scores"].tolist(), output["labels"].tolist()
     ids = [dataset.classes[label]["id"] for label in labels]
     results = [
-        dict(image_id=target["image_id"], category_id=i, bbox=box, score=score)
+        about | dict(category_id=i, bbox=box, score=score)
         for i, box, score in zip(ids, boxes, scores, strict=True)
     ]
     if "tokens" in output:  # which [DET] token answered
@@ -328,10 +429,23 @@ def index(images, annotations, categories):
 
 
 def evaluate(dataset, results):
-    """COCO average precision of results (see to_results): METRICS of boxes, "mask_"... of masks.
+    """What a data set's results (see to_results) are worth: a dict of named shares, best first.
 
-    Zero without detections; -1, shown as n/a, where the data has nothing to find. Prints nothing.
+    Detectors: COCO average precision, METRICS of boxes and "mask_"... of masks; zero without
+    detections, -1, shown as n/a, where the data has nothing to find. Classifiers: top1. Segmenters:
+    mIoU over the classes, background too, that are there or were found; and pixel accuracy.
     """
+    if dataset.task == "classify":
+        right = [r["category_id"] == r["true_id"] for r in results]
+        return {"top1": sum(right) / len(right)}
+    if dataset.task == "segment":
+        counts = torch.zeros(len(dataset.classes) + 1, len(dataset.classes) + 1)
+        counts = counts.double()  # (truth, found)
+        for truth, found, pixels in itertools.chain(*(r["pixels"] for r in results)):
+            counts[truth, found] += pixels
+        right, union = counts.diag(), counts.sum(0) + counts.sum(1) - counts.diag()
+        iou = (right / union)[union > 0]
+        return {"mIoU": iou.mean().item(), "pixel_accuracy": (right.sum() / counts.sum()).item()}
     from pycocotools import mask as mask_api
     from pycocotools.cocoeval import COCOeval
 
@@ -368,9 +482,21 @@ def enlarge(image):
 def draw(image, found, classes, threshold=0.5):
     """Image (3, H, W) in [0, 1] with boxes, masks and names drawn on it: (3, H', W') uint8.
 
-    Small images are enlarged so that the names can be read.
+    found: a target, or what a model answered. Small images are enlarged so that the names can be
+    read.
     """
     canvas, zoom = enlarge((image.clamp(0, 1) * 255).to("cpu", torch.uint8))
+    if "semantic" in found:
+        masks = torch.stack([found["semantic"].cpu() == k for k in range(len(classes))])
+        masks = masks.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+        colors = [COLORS[k % len(COLORS)] for k in range(len(classes))]
+        return draw_segmentation_masks(canvas, masks, alpha=0.6, colors=colors)
+    if "logits" in found:
+        score, label = found["logits"].softmax(dim=0).max(dim=0)
+        found, threshold = {"labels": label[None], "scores": score[None]}, 0
+    if "boxes" not in found:  # the whole image is the object
+        h, w = image.shape[1:]
+        found = found | {"boxes": torch.tensor([[0, 0, w - 1, h - 1]])}
     keep = (found.get("scores", torch.ones(len(found["boxes"]))) >= threshold).cpu()
     if not keep.any():
         return canvas
@@ -385,6 +511,19 @@ def draw(image, found, classes, threshold=0.5):
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.4, colors=colors)
     boxes = found["boxes"].cpu()[keep] * zoom
     return draw_bounding_boxes(canvas, boxes, names, colors=colors, width=2)
+
+
+def describe(found, classes):
+    """What a model answered, in words."""
+    if "logits" in found:
+        score, label = found["logits"].softmax(dim=0).max(dim=0)
+        return f"{classes[label]['name']} {score:.2f}"
+    if "semantic" in found:
+        shares = torch.bincount(found["semantic"].flatten(), minlength=len(classes) + 1)
+        names = [*(c["name"] for c in classes), "background"]
+        order = shares.argsort(descending=True)[: int((shares > 0).sum())].tolist()
+        return ", ".join(f"{names[k]} {shares[k] / shares.sum():.0%}" for k in order[:6])
+    return f"{int((found['scores'] >= 0.5).sum())} objects with a score of 0.5 or more"
 
 
 COLORS = ["red", "lime", "blue", "yellow", "magenta", "cyan", "orange", "white", "purple", "green"]

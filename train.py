@@ -25,10 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import coco
 import mimdet
+import pvt
 import yolos
 from coco import DataError
 
-MODELS = {"mimdet": mimdet, "yolos": yolos}
+MODELS = {"mimdet": mimdet, "yolos": yolos, "pvt": pvt}
 EVALUATIONS = 4  # a run
 SAVE_SECONDS = 600  # last.pt is written at every evaluation and at least this often
 
@@ -90,7 +91,7 @@ def parse_value(text, old):
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     if isinstance(old, int | float):
         return type(old)(text)
-    if text == "cosine" or (isinstance(old, str) and not text[0].isdigit()):
+    if text in ("cosine", "poly") or (isinstance(old, str) and not text[0].isdigit()):
         return text
     return tuple(float(x) if "." in x else int(x) for x in text.split(",") if x)
 
@@ -189,8 +190,8 @@ def starting_point(args):
 
 def load_weights(net, module, args, path, data, exact):
     """Fill net from a checkpoint, ours or the authors', and say what became of every tensor."""
-    source = data.get("model", data)
-    source = source if isinstance(source, dict) else {}
+    parts = (data.get(key) for key in ("model", "state_dict"))  # where the authors keep weights
+    source = next((part for part in parts if isinstance(part, dict)), data)
     source = {k: v for k, v in source.items() if isinstance(v, torch.Tensor)}
     own = data.get("name") == args.model
     state, wanted = source if own else module.from_official(source, net.config), net.state_dict()
@@ -273,7 +274,8 @@ def evaluate(args, net, dataset, tag):
     if args.rank:
         return None
     metrics = coco.evaluate(dataset, results)
-    write_json(args.out / "detections.json", results)
+    if dataset.task == "detect":
+        write_json(args.out / "detections.json", results)
     coco.save_pictures(args.out / f"{tag}.png", comparison(dataset, drawn))
     by_size = ("APs", "APm", "APl")
     line = "  ".join(f"{k} {n_a(v)}" for k, v in metrics.items() if not k.endswith(by_size))
@@ -283,10 +285,10 @@ def evaluate(args, net, dataset, tag):
 
 def comparison(dataset, outputs):
     """Picture rows: truth beside what was found, for a few images at their own size."""
-    plain, pairs = dataset.without_transform(), []
+    pairs = []
     for index, info in enumerate(dataset.images):
         if info["id"] in outputs:
-            image, truth = plain[index]
+            image, truth = coco.finish(*dataset.read(index))
             both = (truth, outputs[info["id"]])
             pairs.append([coco.draw(image, found, dataset.classes) for found in both])
     return [sum(pairs[i : i + 2], []) for i in range(0, len(pairs), 2)]
@@ -311,12 +313,14 @@ def duration(seconds):
 
 
 def lr_factor(step, steps, recipe):
-    """Linear warm-up, then a cosine to 0, or x 0.1 at each of the schedule's parts of the run."""
+    """Linear warm-up, then a cosine to 0, (1 - x)^0.9, or x 0.1 at each of the schedule's parts."""
     warmup = min(recipe["warmup"], steps // 10)
     if step < warmup:
         return (step + 1) / warmup
     if recipe["schedule"] == "cosine":
         return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+    if recipe["schedule"] == "poly":
+        return (1 - (step - warmup) / (steps - warmup)) ** 0.9
     return 0.1 ** sum(step >= part * steps for part in recipe["schedule"])
 
 
@@ -328,8 +332,9 @@ def plan(args, recipe, dataset):
     if args.epochs or not args.steps:
         args.schedule = max(1, round((args.epochs or recipe["epochs"]) * args.per_epoch))
         args.steps = min(args.steps or args.schedule, args.schedule)
-    if isinstance(recipe["schedule"], str) and recipe["schedule"] != "cosine":
-        raise DataError(f"--set schedule={recipe['schedule']}: give cosine, or parts like 0.75,0.9")
+    if isinstance(recipe["schedule"], str) and recipe["schedule"] not in ("cosine", "poly"):
+        known = "cosine, poly, or parts like 0.75,0.9"
+        raise DataError(f"--set schedule={recipe['schedule']}: give {known}")
     how = "as given" if args.lr else f"{recipe['lr']:g} x {total}/{recipe['batch_size']} images"
     args.lr = args.lr or recipe["lr"] * total / recipe["batch_size"]
     length = f"{args.steps} steps of {total} images, {args.steps / args.per_epoch:.3g} epochs"
@@ -498,7 +503,7 @@ def predict(args, net, recipe, classes):
     """Draw detections on pictures and save each into args.out."""
     net.eval()
     args.out.mkdir(parents=True, exist_ok=True)
-    transform = coco.Transform(recipe, train=False)
+    transform = coco.Transform(recipe, False, task_of(net.config))
     if args.attention is not None:
         count = getattr(net.config, "det_tokens", 0)  # of another model: 0
         if not count or not all(0 <= token < count for token in args.attention):
@@ -511,10 +516,10 @@ def predict(args, net, recipe, classes):
             (found,) = net([image.to(args.device)], sizes=[tuple(pixels.shape[-2:])])
         file = args.out / f"predict-{number}-{Path(path).stem}.png"
         coco.save_pictures(file, [[coco.draw(pixels / 255, found, classes)]])
-        sure = int((found["scores"] >= 0.5).sum())
-        print(f"{path}: {sure} objects with a score of 0.5 or more -> {file}")
+        print(f"{path}: {coco.describe(found, classes)} -> {file}")
         if args.attention is not None:
             maps = net.attention(image.to(args.device))  # (Q, h, H/16, W/16)
+            sure = int((found["scores"] >= 0.5).sum())
             tokens = args.attention or found["tokens"][: min(4, max(1, sure))].tolist()
             order = found["tokens"].tolist()
             boxes = [found["boxes"][order.index(token)] for token in tokens]
@@ -545,7 +550,7 @@ def summary():
     print("model    variant       parameters     trainable     input    GFLOPs")
     for name, module in MODELS.items():
         for variant, config in module.CONFIGS.items():
-            recipe = module.RECIPES.get(variant, module.RECIPES["paper"])
+            recipe = recipe_of(module, variant, dataclasses.asdict(config))
             size, sizes = (128, 128), recipe["sizes"]
             if sizes:  # the largest picture of an evaluation
                 longest = recipe["max_size"] * sizes[-1] // max(sizes)
@@ -624,7 +629,8 @@ def run(args):
         config, recipe = dict(data["config"]), dict(data["recipe"])
     else:
         config = dataclasses.asdict(module.CONFIGS[args.variant])
-        recipe = dict(module.RECIPES.get(args.variant, module.RECIPES["paper"]))
+        override(args.set, config, dict(module.RECIPES["paper"]))  # the head decides the recipe
+        recipe = recipe_of(module, args.variant, config)
     override(args.set, config, recipe)
     args.recipe = recipe
     args.batch_size = args.batch_size or max(
@@ -633,7 +639,7 @@ def run(args):
     classes = data["classes"] if data.get("name") == args.model else None
     dataset, held_out = None, None
     if args.data or not args.predict:
-        dataset, held_out = read_data(args, recipe, config, classes)
+        dataset, held_out = read_data(args, module, recipe, config, classes)
         classes = held_out.classes
     classes = classes or [{"id": i, "name": f"class {i}"} for i in range(80)]
     net = make_net(args, module, config, len(classes))
@@ -653,19 +659,32 @@ def run(args):
         report(args, train(args, module, recipe, net, data, dataset, held_out))
 
 
-def read_data(args, recipe, config, classes):
+def recipe_of(module, variant, config):
+    """The most special of the model's recipes for this variant and head."""
+    names = (f"{variant}-{config.get('head')}", variant, config.get("head"), "paper")
+    return dict(next(module.RECIPES[name] for name in names if name in module.RECIPES))
+
+
+def task_of(config):
+    """What a model does with images: "detect", "classify" or "segment"."""
+    return getattr(config, "task", "detect")
+
+
+def read_data(args, module, recipe, config, classes):
     """Training split (None if only evaluating) and the split to evaluate on."""
     root, dataset = args.data or "data/shapes", None
     if not args.data and args.rank == 0:
         coco.make_shapes(root)
     if args.world > 1:
         dist.barrier()
+    task = task_of(module.Config(**config))
     if not args.eval_only:
-        dataset = coco.CocoDataset(root, "train", coco.Transform(recipe, True), args.limit)
+        transform = coco.Transform(recipe, True, task)
+        dataset = coco.DATASETS[task](root, "train", transform, args.limit)
         classes = dataset.classes
         say(args, f"train: {'; '.join(dataset.notes)}")
-    transform = coco.Transform(recipe, False)
-    held_out = coco.CocoDataset(root, args.eval_on, transform, args.limit, classes)
+    transform = coco.Transform(recipe, False, task)
+    held_out = coco.DATASETS[task](root, args.eval_on, transform, args.limit, classes)
     say(args, f"evaluation on {args.eval_on}: {'; '.join(held_out.notes)}")
     if config.get("masks") and not (dataset or held_out).has_masks:
         config["masks"] = False
@@ -692,10 +711,13 @@ def report(args, metrics):
     """The closing table, and what lies in the run's folder."""
     if not metrics:
         return
-    print("\n        " + "".join(f"{name:>8}" for name in coco.METRICS))
-    for kind, prefix in (("boxes", ""), ("masks", "mask_")):
-        row = [n_a(metrics.get(prefix + name, -1.0)) for name in coco.METRICS]
-        print(f"{kind:8}" + "".join(f"{value:>8}" for value in row))
+    if "AP" in metrics:
+        print("\n        " + "".join(f"{name:>8}" for name in coco.METRICS))
+        for kind, prefix in (("boxes", ""), ("masks", "mask_")):
+            row = [n_a(metrics.get(prefix + name, -1.0)) for name in coco.METRICS]
+            print(f"{kind:8}" + "".join(f"{value:>8}" for value in row))
+    else:
+        print("\n" + "  ".join(f"{name} {n_a(value)}" for name, value in metrics.items()))
     print(f"\nin {args.out}: " + "  ".join(sorted(path.name for path in args.out.iterdir())))
 
 

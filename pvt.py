@@ -1,0 +1,1029 @@
+"""PVT: a Pyramid Vision Transformer for dense tasks (Wang et al., ICCV 2021, arXiv:2102.12122).
+
+A ViT keeps one coarse map from first block to last. PVT begins with 4x4 patches and halves the map
+three times, like a CNN, so that any dense head can stand on it. What makes so many tokens
+affordable: keys and values come from a map that a strided convolution has shrunk (SRA).
+Flow: image (B, 3, H, W) -> four stages (B, C, H/4, W/4) ... (B, C, H/32, W/32) -> one head:
+      classes, RetinaNet's boxes on five levels, DETR's set of boxes, or a map of classes
+Compare: mimdet.py builds a pyramid around a plain ViT; yolos.py needs none; the DETR head's
+matching and losses are yolos.py's.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import (
+    Conv2dNormActivation,
+    FeaturePyramidNetwork,
+    StochasticDepth,
+    batched_nms,
+    box_convert,
+    box_iou,
+    clip_boxes_to_image,
+    generalized_box_iou,
+    generalized_box_iou_loss,
+    sigmoid_focal_loss,
+)
+
+# --- 1. Config ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    embed_dims: tuple = (64, 128, 320, 512)  # width C of each stage (Table 1)
+    depths: tuple = (2, 2, 2, 2)  # blocks of each stage
+    num_heads: tuple = (1, 2, 5, 8)
+    mlp_ratios: tuple = (8, 8, 4, 4)
+    sr_ratios: tuple = (8, 4, 2, 1)  # R: keys and values are R x R times fewer (Eq. 2-4); 1: all
+    drop_path: float = 0.1  # of the last block, falling to 0 at the first
+    pos_size: int = 224  # side of the image that the stored position tables belong to
+    design: str = "v1"  # "v2": arXiv:2106.13797; "v2_li": its linear attention
+    checkpoint: bool = False  # recompute blocks in the backward pass, to save memory
+    head: str = "retinanet"  # or "classifier", "detr", "semantic", "trans2seg"
+    head_dim: int = 256  # width of the head
+    head_depth: int = 0  # its layers; 0: the published number
+    anchor_scale: float = 4.0  # RetinaNet: sides of the anchors in strides (1, 1.26, 1.59 times)
+    queries: int = 100  # DETR: at most so many objects are found in an image
+    # The departures of nano, which learns from scratch in minutes; off in the paper's variants.
+    group_norm: bool = False  # RetinaNet: GroupNorm in pyramid and towers
+    anchors: bool = False  # DETR: queries stand on points of a grid: see anchor_points
+
+    @property
+    def task(self):
+        return {"classifier": "classify", "semantic": "segment", "trans2seg": "segment"}.get(
+            self.head, "detect"
+        )
+
+
+# fmt: off
+# Stages of PVT v2 (arXiv:2106.13797, Table 1).
+V2 = dict(design="v2")
+CONFIGS = {  # with the parameters as RetinaNet for 80 classes, and as classifier for 1000
+    # Differs: group_norm, and anchors for head=detr, because training from scratch takes the
+    # published heads far longer than minutes.
+    "nano": Config(embed_dims=(32, 64, 96, 128), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4),
+                   mlp_ratios=(4, 4, 4, 4), drop_path=0.0, pos_size=128, head_dim=64, head_depth=2,
+                   queries=25, group_norm=True, anchors=True),
+    # As classifiers medium and large have drop_path 0.3, as segmenters 0.1.
+    "tiny": Config(),  # 22,964,724; 13,229,288
+    "small": Config(depths=(3, 4, 6, 3)),  # 34,221,300; 24,485,864
+    "medium": Config(depths=(3, 4, 18, 3), drop_path=0.0),  # 53,943,540; 44,208,104
+    "large": Config(depths=(3, 8, 27, 3), drop_path=0.0),  # 71,104,756; 61,369,320
+    # As classifiers b3, b4 and b5 have drop_path 0.3.
+    "v2_b0": Config(embed_dims=(32, 64, 160, 256), **V2),  # classifier: 3,666,760
+    "v2_b1": Config(**V2),  # 14,009,000
+    "v2_b2": Config(depths=(3, 4, 6, 3), **V2),  # 25,362,856
+    "v2_b2_li": Config(depths=(3, 4, 6, 3), design="v2_li"),  # 22,553,512
+    "v2_b3": Config(depths=(3, 4, 18, 3), **V2),  # 45,238,696
+    "v2_b4": Config(depths=(3, 8, 27, 3), **V2),  # 62,556,072
+    "v2_b5": Config(depths=(3, 6, 40, 3), mlp_ratios=(4, 4, 4, 4), **V2),  # 81,956,008
+}
+PAPER = dict(
+    lr=1e-4, batch_size=16, backbone_lr=1.0, weight_decay=1e-4, clip=0.0, epochs=12, warmup=500,
+    schedule=(8 / 12, 11 / 12), sizes=(800,), max_size=1333, multiple=1, crop=(),
+)
+SEGMENTER = PAPER | dict(
+    lr=2e-4, batch_size=32, epochs=63, warmup=0, schedule="poly",  # 40,000 steps on ADE20K
+    sizes=(*range(256, 1025, 32), 512), max_size=4096, crop=(512,),
+)
+NANO = dict(
+    lr=1e-3, batch_size=8, backbone_lr=1.0, weight_decay=0.05, clip=1.0, epochs=3, warmup=100,
+    schedule="cosine", sizes=(), max_size=320, multiple=1, crop=(),
+)
+RECIPES = {  # "nano" is RetinaNet's; nano images keep their own size (sizes=())
+    "nano": NANO,
+    "nano-classifier": NANO | dict(batch_size=32, sizes=(64,), crop=(0.5, 1.0)),
+    "nano-detr": NANO,
+    "nano-semantic": NANO,
+    "nano-trans2seg": NANO,
+    "paper": PAPER,
+    "detr": PAPER | dict(backbone_lr=0.1, clip=0.1, epochs=50, warmup=0, schedule=(33 / 50,),
+                         sizes=tuple(range(640, 801, 32))),
+    "semantic": SEGMENTER,
+    "trans2seg": SEGMENTER,
+    # Differs: no mixup, cutmix, RandAugment, random erasing and repeated augmentation.
+    "classifier": PAPER | dict(lr=1e-3, batch_size=1024, weight_decay=0.05, epochs=300, warmup=6255,
+                               schedule="cosine", sizes=(224,), crop=(0.08, 1.0)),
+}
+# fmt: on
+
+# --- 2. Shared blocks -----------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between (ViT, arXiv:2010.11929, Sec. 3.1)."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, Eq. 1).
+
+    x: (B, N, C); mask: bool, broadcastable to (B, h, N, N), False where a key must not be seen.
+    """
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"width {dim} cannot be shared by {num_heads} heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, mask=None):
+        B, N, C = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, N, d)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, h, N, d)
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))  # (B, N, C)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (arXiv:2010.11929, Eq. 2 and 3)."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0, eps=1e-6):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = StochasticDepth(drop_path, "row")  # arXiv:1603.09382
+
+    def forward(self, x, mask=None):
+        x = x + self.drop_path(self.attn(self.norm1(x), mask))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def pad_batch(images, multiple):
+    """Normalise images (3, h, w) in [0, 1] and zero-pad them at the bottom and right to one size.
+
+    Returns the batch (B, 3, H, W), its sides multiples of `multiple`, and the true sizes (h, w).
+    """
+    sizes = [tuple(image.shape[-2:]) for image in images]
+    H, W = (math.ceil(max(sides) / multiple) * multiple for sides in zip(*sizes, strict=True))
+    mean = images[0].new_tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = images[0].new_tensor([0.229, 0.224, 0.225])[:, None, None]
+    batch = images[0].new_zeros(len(images), 3, H, W)
+    for padded, image, (h, w) in zip(batch, images, sizes, strict=True):
+        padded[:, :h, :w] = (image - mean) / std
+    return batch, sizes
+
+
+def group_by_padded_size(images, multiple):
+    """Lists of indices of the images that are equally large once each is padded by itself."""
+    groups = {}
+    for index, image in enumerate(images):
+        size = tuple(math.ceil(side / multiple) for side in image.shape[-2:])
+        groups.setdefault(size, []).append(index)
+    return groups.values()
+
+
+# --- 3. This paper --------------------------------------------------------------------------------
+
+
+class StageEmbed(nn.Module):
+    """Patches of a stage: a convolution without overlap, and a LayerNorm (Sec. 3.2)."""
+
+    def __init__(self, dim_in, dim, patch):
+        super().__init__()
+        self.proj = nn.Conv2d(dim_in, dim, patch, stride=patch)
+        self.norm = nn.LayerNorm(dim)  # eps 1e-5, here and in the attention; else 1e-6
+
+    def forward(self, x):
+        x = self.proj(x)  # (B, C, H, W)
+        return self.norm(x.flatten(2).transpose(1, 2)), x.shape[2:]
+
+
+class OverlapStageEmbed(StageEmbed):
+    """The same with windows that overlap by about half (PVT v2, Sec. 3.2)."""
+
+    def __init__(self, dim_in, dim, patch):
+        super().__init__(dim_in, dim, patch)
+        size = 2 * patch - 1
+        self.proj = nn.Conv2d(dim_in, dim, size, stride=patch, padding=size // 2)
+
+
+class SpatialReductionAttention(nn.Module):
+    """Attention to a map shrunk by R in height and width: R * R times cheaper (Eq. 2-4).
+
+    x: (B, N, C), the tokens of a grid (H, W), row by row. With R = 1 there may be a class token.
+    """
+
+    def __init__(self, dim, num_heads, sr_ratio):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"width {dim} cannot be shared by {num_heads} heads")
+        self.num_heads, self.sr_ratio = num_heads, sr_ratio
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        if sr_ratio > 1:
+            self.sr = nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio)
+            self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x, grid):
+        heads = (self.num_heads, x.shape[2] // self.num_heads)
+        q = self.q(x).unflatten(2, heads).transpose(1, 2)  # (B, h, N, d)
+        kv = self.kv(self.reduce(x, grid)).unflatten(2, (2, *heads))  # (B, n, 2, h, d)
+        k, v = kv.permute(2, 0, 3, 1, 4)  # (B, h, n, d)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, h, N, d)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, C)
+
+    def reduce(self, x, grid):
+        if self.sr_ratio == 1:
+            return x
+        x = self.sr(x.transpose(1, 2).unflatten(2, grid))  # (B, C, H/R, W/R)
+        return self.norm(x.flatten(2).transpose(1, 2))  # (B, n, C)
+
+
+class LinearSpatialReductionAttention(SpatialReductionAttention):
+    """Attention to 7 x 7 averages of the map, however large it is (PVT v2, Sec. 3.1)."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__(dim, num_heads, 1)
+        self.sr = nn.Conv2d(dim, dim, 1)
+        self.norm = nn.LayerNorm(dim)
+
+    def reduce(self, x, grid):
+        x = F.adaptive_avg_pool2d(x.transpose(1, 2).unflatten(2, grid), 7)  # (B, C, 7, 7)
+        return F.gelu(self.norm(self.sr(x).flatten(2).transpose(1, 2)))  # (B, 49, C)
+
+
+class DepthwiseMlp(Mlp):
+    """Mlp with a depth-wise 3x3 convolution, which also tells positions (PVT v2, Sec. 3.3)."""
+
+    def __init__(self, dim, hidden, relu):
+        super().__init__(dim, hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.relu = nn.ReLU() if relu else nn.Identity()
+
+    def forward(self, x, grid):
+        x = self.relu(self.fc1(x)).transpose(1, 2).unflatten(2, grid)  # (B, hidden, H, W)
+        return self.fc2(F.gelu(self.dwconv(x).flatten(2).transpose(1, 2)))  # (B, N, C)
+
+
+class PyramidBlock(nn.Module):
+    """Pre-norm transformer block of a stage (Fig. 3)."""
+
+    def __init__(self, dim, num_heads, mlp_ratio, sr_ratio, drop_path, design):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        if design == "v2_li":
+            self.attn = LinearSpatialReductionAttention(dim, num_heads)
+        else:
+            self.attn = SpatialReductionAttention(dim, num_heads, sr_ratio)
+        hidden = int(dim * mlp_ratio)
+        plain = design == "v1"
+        self.mlp = Mlp(dim, hidden) if plain else DepthwiseMlp(dim, hidden, design == "v2_li")
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def forward(self, x, grid):
+        x = x + self.drop_path(self.attn(self.norm1(x), grid))
+        y = self.norm2(x)
+        y = self.mlp(y, grid) if isinstance(self.mlp, DepthwiseMlp) else self.mlp(y)
+        return x + self.drop_path(y)
+
+
+class Backbone(nn.Module):
+    """Four stages: embed patches, add positions, transform, fold back into a map (Sec. 3.1)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        stages = (c.embed_dims, c.depths, c.num_heads, c.mlp_ratios, c.sr_ratios)
+        if c.design not in ("v1", "v2", "v2_li") or {len(values) for values in stages} != {4}:
+            raise ValueError("give four values a stage, and a design of v1, v2 or v2_li")
+        v1, self.has_token = c.design == "v1", c.design == "v1" and c.head == "classifier"
+        if self.has_token and c.sr_ratios[3] != 1:
+            raise ValueError("the class token needs sr_ratios that end in 1")
+        # A smaller image has no cell left in the last stage, or no key.
+        self.least = max(
+            4 * 2**s * max(1, r if c.design != "v2_li" else 1)
+            for s, r in enumerate([*c.sr_ratios[:3], max(1, c.sr_ratios[3])])
+        )
+        total, index = max(1, sum(c.depths) - 1), 0
+        dims = (3, *c.embed_dims)
+        for s, (dim, depth, heads, ratio, sr) in enumerate(zip(*stages, strict=True)):
+            embed = StageEmbed if v1 else OverlapStageEmbed
+            self.add_module(f"patch_embed{s + 1}", embed(dims[s], dim, 4 if s == 0 else 2))
+            if v1:
+                rows = (c.pos_size // (4 * 2**s)) ** 2 + (s == 3)
+                self.register_parameter(
+                    f"pos_embed{s + 1}", nn.Parameter(trunc_normal(1, rows, dim))
+                )
+            rates = [c.drop_path * (index + j) / total for j in range(depth)]
+            index += depth
+            blocks = (PyramidBlock(dim, heads, ratio, sr, rate, c.design) for rate in rates)
+            self.add_module(f"block{s + 1}", nn.ModuleList(blocks))
+            if not v1:
+                self.add_module(f"norm{s + 1}", nn.LayerNorm(dim, eps=1e-6))
+        if self.has_token:
+            self.cls_token = nn.Parameter(trunc_normal(1, 1, c.embed_dims[3]))
+            self.norm = nn.LayerNorm(c.embed_dims[3], eps=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Conv2d) and not v1:  # v1: PyTorch's own
+                fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x):
+        """Padded images (B, 3, H, W) -> maps (B, C, H/4, W/4) ... (B, C, H/32, W/32).
+
+        With a class token a fifth entry holds its vector (B, C).
+        """
+        c, maps = self.config, []
+        x = F.pad(x, (0, max(0, self.least - x.shape[3]), 0, max(0, self.least - x.shape[2])))
+        for s in range(1, 5):
+            x, grid = getattr(self, f"patch_embed{s}")(x)  # (B, N, C)
+            if c.design == "v1":
+                position, first = resize_positions(getattr(self, f"pos_embed{s}"), grid)
+                if s == 4 and self.has_token:
+                    x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+                    position = torch.cat([first, position], dim=1)
+                x = x + position  # (B, N, C)
+            for block in getattr(self, f"block{s}"):
+                recompute = c.checkpoint and self.training and torch.is_grad_enabled()
+                run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+                x = run(x, grid)  # (B, N, C)
+            if c.design != "v1":  # Differs between the papers: v1's maps are not normalised
+                x = getattr(self, f"norm{s}")(x)  # (B, N, C)
+            if s == 4 and self.has_token:
+                token, x = x[:, 0], x[:, 1:]
+            x = x.transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
+            maps.append(x)
+        return [*maps, self.norm(token)] if self.has_token else maps
+
+
+def resize_positions(table, grid):
+    """Position table (1, [1 +] h * h, C) -> rows for a grid (H, W): (1, H * W, C), and the first.
+
+    Differs: the released code leaves a table alone wherever the image has as many patches as the
+    first stage's table, whatever their arrangement; with another table that crashes (448 x 448).
+    """
+    side = math.isqrt(table.shape[1])
+    first, table = table[:, : -side * side], table[:, -side * side :]
+    if tuple(grid) != (side, side):
+        table = table.transpose(1, 2).unflatten(2, (side, side))
+        table = F.interpolate(table, size=tuple(grid), mode="bilinear", align_corners=False)
+        table = table.flatten(2).transpose(1, 2)  # (1, H * W, C)
+    return table, first
+
+
+def trunc_normal(*shape):
+    return nn.init.trunc_normal_(torch.empty(shape), std=0.02)
+
+
+# --- 4. Boxes -------------------------------------------------------------------------------------
+
+
+def retina_anchors(maps, scale):
+    """Anchors (H_l * W_l * 9, 4) xyxy of each map: strides 8 to 128, three sides, three ratios.
+
+    Centred on multiples of the stride and not rounded (torchvision rounds); ratio outside, side
+    inside.
+    """
+    anchors = []
+    for level, x in enumerate(maps):
+        stride, (H, W) = 8 * 2**level, x.shape[-2:]
+        ratio = torch.tensor([0.5, 1.0, 2.0], device=x.device).sqrt()[:, None]
+        side = stride * scale * 2 ** (torch.arange(3, device=x.device) / 3)  # (3,)
+        half = torch.stack([side / ratio, side * ratio], dim=-1).reshape(-1, 2) / 2  # (9, 2)
+        ys, xs = (torch.arange(length, device=x.device) * stride for length in (H, W))
+        centers = torch.stack([xs.expand(H, W), ys[:, None].expand(H, W)], dim=-1)  # (H, W, 2)
+        centers = centers.reshape(-1, 1, 2)
+        anchors.append(torch.cat([centers - half, centers + half], dim=-1).reshape(-1, 4))
+    return anchors
+
+
+def encode_boxes(boxes_xyxy, anchors_xyxy, weights=(1.0, 1.0, 1.0, 1.0)):
+    """Boxes as weighted offsets (dx, dy, dw, dh) from anchors (R-CNN, arXiv:1311.2524, App. C)."""
+    box, anchor = (box_convert(b, "xyxy", "cxcywh") for b in (boxes_xyxy, anchors_xyxy))
+    shift = (box[:, :2] - anchor[:, :2]) / anchor[:, 2:]
+    return torch.cat([shift, (box[:, 2:] / anchor[:, 2:]).log()], dim=1) * box.new_tensor(weights)
+
+
+def decode_boxes(deltas, anchors_xyxy, weights=(1.0, 1.0, 1.0, 1.0)):
+    """Inverse of encode_boxes, deltas (..., 4); a box is at most 1000/16 times its anchor."""
+    anchor = box_convert(anchors_xyxy, "xyxy", "cxcywh")
+    deltas = deltas.float() / anchor.new_tensor(weights)
+    center = anchor[..., :2] + deltas[..., :2] * anchor[..., 2:]
+    half = anchor[..., 2:] * deltas[..., 2:].clamp(max=math.log(1000 / 16)).exp() / 2
+    return torch.cat([center - half, center + half], dim=-1)
+
+
+def assign_anchors(anchors_xyxy, boxes_xyxy, low=0.4, high=0.5):
+    """Object (N,) of each anchor: an index into boxes (M, 4), -1 for background, -2 for neither.
+
+    The best box if their IoU is at least `high`; background below `low`. Each box also takes the
+    anchors that overlap it most; where two boxes want one, the later gets it (MMDetection).
+    """
+    if len(boxes_xyxy) == 0:
+        return torch.full((len(anchors_xyxy),), -1, device=anchors_xyxy.device)
+    iou = box_iou(boxes_xyxy, anchors_xyxy)  # (M, N)
+    best, item = iou.max(dim=0)
+    item = torch.where(best >= high, item, torch.where(best < low, -1, -2))
+    number = torch.arange(len(iou), device=iou.device)[:, None]
+    wanted = torch.where(iou == iou.amax(dim=1, keepdim=True), number, -1).amax(dim=0)  # (N,)
+    return torch.where(wanted >= 0, wanted, item)
+
+
+def grid_points(rows, columns):
+    """Centres (rows * columns, 2) of the cells of a grid over an image, x and y as shares of it."""
+    y = (torch.arange(rows) + 0.5) / rows
+    x = (torch.arange(columns) + 0.5) / columns
+    return torch.stack([x.expand(rows, -1), y[:, None].expand(-1, columns)], dim=2).flatten(0, 1)
+
+
+def anchor_points(count):
+    """The first `count` points of the squarest grid that has so many: (count, 2), x and y."""
+    columns = math.ceil(count**0.5)
+    return grid_points(math.ceil(count / columns), columns)[:count]
+
+
+def normalise_boxes(boxes_xyxy, size):
+    """Boxes (M, 4) xyxy in pixels of an image (h, w) -> cxcywh as shares of it."""
+    h, w = size
+    return box_convert(boxes_xyxy / boxes_xyxy.new_tensor([w, h, w, h]), "xyxy", "cxcywh")
+
+
+@torch.no_grad()
+def hungarian_match(logits, boxes_norm, targets, points=None):
+    """The cheapest one-to-one matching of queries and objects of each image (DETR, Eq. 1).
+
+    logits: (B, Q, K + 1); boxes_norm: (B, Q, 4) cxcywh as shares of the image; targets: list of
+    dict(labels (M,), boxes_norm (M, 4)). Returns a list of (query ids, object ids), two int64
+    tensors of min(Q, M) entries. The cost: 5 L1 - probability of the object's class - 2 GIoU.
+    points: (Q, 2), where queries stand; then 20 times the distance of the object's centre is added,
+    which favours one and the same query from the start, when predictions say little yet.
+    """
+    labels, wanted = (torch.cat([t[key] for t in targets]) for key in ("labels", "boxes_norm"))
+    scores, found = logits.flatten(0, 1).float().softmax(dim=1), boxes_norm.flatten(0, 1)
+    l1 = torch.cdist(found, wanted, p=1)  # (B * Q, all M)
+    giou = generalized_box_iou(*(box_convert(b, "cxcywh", "xyxy") for b in (found, wanted)))
+    cost = (5 * l1 - scores[:, labels] - 2 * giou).nan_to_num()
+    cost = cost.unflatten(0, logits.shape[:2])  # (B, Q, all M)
+    if points is not None:
+        cost = cost + 20 * (points[:, None] - wanted[:, :2]).norm(dim=2)
+    cost = cost.cpu()  # one transfer for the batch
+    parts = cost.split([len(t["labels"]) for t in targets], dim=2)
+    pairs = [linear_sum_assignment(part[i]) for i, part in enumerate(parts)]
+    return [tuple(torch.from_numpy(side).to(logits.device) for side in pair) for pair in pairs]
+
+
+# --- 5. Heads and losses --------------------------------------------------------------------------
+# head(maps, sizes) -> outputs; head.loss(outputs, targets, sizes) -> dict of losses;
+# head.answers(outputs, sizes, out_sizes) -> list of dicts, one an image, in pixels of out_sizes.
+# sizes: the true (h, w) of each image of the padded batch.
+
+
+class Classifier(nn.Module):
+    """Linear layer on the class token, or on the mean of v2's last map (Sec. 3.1)."""
+
+    def __init__(self, c, num_classes):
+        super().__init__()
+        self.fc = nn.Linear(c.embed_dims[3], num_classes)
+        nn.init.trunc_normal_(self.fc.weight, std=0.02)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, maps, sizes):
+        return self.fc(maps[4] if len(maps) == 5 else maps[3].mean(dim=(2, 3)))  # (B, K)
+
+    def loss(self, logits, targets, sizes):
+        labels = torch.cat([t["labels"] for t in targets])  # (B,)
+        return {"loss_cls": F.cross_entropy(logits.float(), labels, label_smoothing=0.1)}
+
+    def answers(self, logits, sizes, out_sizes):
+        return [dict(logits=row) for row in logits.float()]
+
+
+class RetinaNet(nn.Module):
+    """FPN on stages 2 to 4 and two towers of convolutions for all its levels (arXiv:1708.02002)."""
+
+    def __init__(self, c, num_classes):
+        super().__init__()
+        dim, self.scale, self.num_classes = c.head_dim, c.anchor_scale, num_classes
+        norm = partial(nn.GroupNorm, 8) if c.group_norm else None
+        self.fpn = FeaturePyramidNetwork(c.embed_dims[1:], dim, norm_layer=norm)
+        self.p6 = nn.Conv2d(c.embed_dims[3], dim, 3, stride=2, padding=1)
+        self.p7 = nn.Conv2d(dim, dim, 3, stride=2, padding=1)
+        depth = range(c.head_depth or 4)
+        self.cls_convs, self.reg_convs = (
+            nn.Sequential(*(Conv2dNormActivation(dim, dim, 3, norm_layer=norm) for _ in depth))
+            for _ in range(2)
+        )
+        self.retina_cls = nn.Conv2d(dim, 9 * num_classes, 3, padding=1)
+        self.retina_reg = nn.Conv2d(dim, 9 * 4, 3, padding=1)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d):
+                if name.startswith(("fpn", "p6", "p7")):
+                    nn.init.xavier_uniform_(module.weight)
+                else:
+                    nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.constant_(self.retina_cls.bias, -math.log(99))  # sigmoid 0.01
+
+    def forward(self, maps, sizes):
+        """Per level logits (B, N_l, K), deltas (B, N_l, 4) and anchors (N_l, 4)."""
+        levels = self.pyramid(maps)
+        logits = [self.retina_cls(self.cls_convs(x)) for x in levels]
+        deltas = [self.retina_reg(self.reg_convs(x)) for x in levels]
+        flat = [
+            [x.permute(0, 2, 3, 1).reshape(len(x), -1, n).float() for x in outputs]
+            for outputs, n in ((logits, self.num_classes), (deltas, 4))
+        ]
+        return *flat, retina_anchors(levels, self.scale)
+
+    def pyramid(self, maps):
+        """Maps p3..p7 (B, dim, H/8, W/8) ... (B, dim, H/128, W/128); p6 comes from stage 4."""
+        levels = list(self.fpn({str(s): x for s, x in enumerate(maps[1:4])}).values())
+        p6 = self.p6(maps[3])
+        return [*levels, p6, self.p7(p6)]
+
+    def loss(self, outputs, targets, sizes):
+        """Focal loss of all anchors and L1 of those with an object, by the number of the latter.
+
+        Differs: it is this process's number, as released; not averaged over processes.
+        """
+        logits, deltas, anchors = torch.cat(outputs[0], 1), torch.cat(outputs[1], 1), outputs[2]
+        anchors, count = torch.cat(anchors), 0
+        loss_cls = loss_box = 0.0
+        for logit, delta, target in zip(logits, deltas, targets, strict=True):
+            item = assign_anchors(anchors, target["boxes"])  # (N,)
+            found = (item >= 0).nonzero()[:, 0]
+            item, judged = item[found], item > -2
+            wanted = torch.zeros_like(logit)  # (N, K)
+            wanted[found, target["labels"][item]] = 1
+            focal = sigmoid_focal_loss(logit[judged], wanted[judged], reduction="sum")
+            offsets = encode_boxes(target["boxes"][item], anchors[found])
+            loss_cls, loss_box = loss_cls + focal, loss_box + (delta[found] - offsets).abs().sum()
+            count += max(1, len(found))
+        return {"loss_cls": loss_cls / count, "loss_box": loss_box / count}
+
+    def answers(self, outputs, sizes, out_sizes):
+        results = []
+        for i, (size, out) in enumerate(zip(sizes, out_sizes, strict=True)):
+            levels = zip(*([x[i] for x in part] for part in outputs[:2]), outputs[2], strict=True)
+            result = select_boxes(levels, size)
+            scale = result["boxes"].new_tensor([out[1] / size[1], out[0] / size[0]] * 2)
+            results.append(result | {"boxes": result["boxes"] * scale})
+        return results
+
+
+def select_boxes(levels, size, per_level=1000, threshold=0.05, top=100):
+    """Best anchors of each level, decoded and clipped; class-wise NMS at 0.5; the `top` best."""
+    boxes, scores = [], []
+    for logits, deltas, anchors in levels:
+        score = logits.sigmoid()  # (N_l, K)
+        _, best = score.amax(dim=1).topk(min(per_level, len(score)))
+        delta = torch.cat([deltas[best, :2], deltas[best, 2:].clamp(min=-math.log(1000 / 16))], 1)
+        boxes.append(decode_boxes(delta, anchors[best]))
+        scores.append(score[best])
+    boxes, scores = clip_boxes_to_image(torch.cat(boxes), size), torch.cat(scores)
+    anchor, labels = (scores > threshold).nonzero().unbind(1)
+    boxes, scores = boxes[anchor], scores[anchor, labels]
+    keep = batched_nms(boxes, scores, labels, 0.5)[:top]
+    return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
+
+
+class DETRLayer(nn.Module):
+    """Post-norm transformer layer; with cross-attention in the decoder (arXiv:2005.12872, A.3)."""
+
+    def __init__(self, dim, num_heads, cross):
+        super().__init__()
+        attention = partial(nn.MultiheadAttention, dim, num_heads, 0.1, batch_first=True)
+        self.self_attn = attention()
+        self.cross_attn = attention() if cross else None
+        self.linear1, self.linear2 = nn.Linear(dim, 8 * dim), nn.Linear(8 * dim, dim)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2 + cross))
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x, position, memory=None, memory_position=None, padding=None):
+        """x, position: (B, Q, C); memory and its position: (B, N, C); padding: (B, N), True there.
+
+        Positions are added to queries and keys, not to values.
+        """
+        own = padding if memory is None else None
+        y = x + position
+        y = self.self_attn(y, y, x, key_padding_mask=own, need_weights=False)[0]
+        x = self.norms[0](x + self.dropout(y))
+        if memory is not None:
+            y = self.cross_attn(
+                x + position,
+                memory + memory_position,
+                memory,
+                key_padding_mask=padding,
+                need_weights=False,
+            )[0]
+            x = self.norms[1](x + self.dropout(y))
+        y = self.linear2(self.dropout(F.relu(self.linear1(x))))
+        return self.norms[-1](x + self.dropout(y))
+
+
+class MLP(nn.Module):
+    """Three linear layers with ReLU between (Sec. 3.1)."""
+
+    def __init__(self, dim, out):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, out)])
+
+    def forward(self, x):
+        first, second, last = self.layers
+        return last(F.relu(second(F.relu(first(x)))))
+
+
+def sine_positions(real, dim):
+    """Position code (B, H, W, dim): sine and cosine of y, then of x, from 0 to 2 pi over an image.
+
+    real: (B, H, W) bool, False on padding (DETR's normalised sine encoding).
+    """
+    frequency = 10000 ** -(torch.arange(dim // 4, device=real.device) / (dim // 4))
+    codes = []
+    for axis in (1, 2):
+        place = real.cumsum(axis).float()
+        place = 2 * math.pi * place / (place.amax(axis, keepdim=True) + 1e-6)
+        angle = place[..., None] * frequency  # (B, H, W, dim / 4)
+        codes.append(torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(3))
+    return torch.cat(codes, dim=3)
+
+
+def real_cells(sizes, grid, stride, device):
+    """Which cells of a padded map are covered by their image: (B, H, W) bool."""
+    real = torch.zeros(len(sizes), *grid, dtype=torch.bool, device=device)
+    for cells, (h, w) in zip(real, sizes, strict=True):
+        cells[: math.ceil(h / stride), : math.ceil(w / stride)] = True
+    return real
+
+
+class DETR(nn.Module):
+    """DETR's encoder and decoder on the last map: no convolution but patches (Sec. 5.4)."""
+
+    def __init__(self, c, num_classes):
+        super().__init__()
+        dim, depth = c.head_dim, range(c.head_depth or 6)
+        if dim % 32:
+            raise ValueError("head=detr needs a head_dim divisible by 32")
+        self.anchored, self.queries = c.anchors, c.queries
+        self.input_proj = nn.Conv2d(c.embed_dims[3], dim, 1)
+        self.encoder = nn.ModuleList(DETRLayer(dim, dim // 32, False) for _ in depth)
+        self.decoder = nn.ModuleList(DETRLayer(dim, dim // 32, True) for _ in depth)
+        self.norm = nn.LayerNorm(dim)
+        self.query_embed = nn.Parameter(torch.randn(c.queries, dim))
+        self.class_embed = nn.Linear(dim, num_classes + 1)  # the last class: no object
+        self.bbox_embed = MLP(dim, 4)
+        for p in [*self.encoder.parameters(), *self.decoder.parameters()]:
+            if p.ndim > 1:
+                nn.init.xavier_uniform_(p)
+
+    def points(self, device):
+        """Where queries stand in the image, (Q, 2), or None: anywhere."""
+        return anchor_points(self.queries).to(device) if self.anchored else None
+
+    def forward(self, maps, sizes):
+        """Logits (B, Q, K + 1) and boxes (B, Q, 4) cxcywh as shares of the image, of each layer."""
+        x = self.input_proj(maps[3])  # (B, C, H, W)
+        real = real_cells(sizes, x.shape[2:], 32, x.device)
+        position = sine_positions(real, x.shape[1]).flatten(1, 2)  # (B, N, C)
+        padding = None if real.all() else ~real.flatten(1)
+        memory = x.flatten(2).transpose(1, 2)  # (B, N, C)
+        for layer in self.encoder:
+            memory = layer(memory, position, padding=padding)
+        query = self.query_embed.expand(len(x), -1, -1)  # (B, Q, C)
+        x, outputs = torch.zeros_like(query), []
+        points = self.points(x.device)
+        for layer in self.decoder:
+            x = layer(x, query, memory, position, padding)  # (B, Q, C)
+            tokens = self.norm(x)
+            with torch.autocast(x.device.type, enabled=False):  # bf16 would round to pixels
+                boxes = self.bbox_embed(tokens.float())  # (B, Q, 4)
+            if points is not None:
+                boxes = boxes + F.pad(points.logit(), (0, 2))
+            outputs.append((self.class_embed(tokens), boxes.sigmoid()))
+        return outputs
+
+    def loss(self, outputs, targets, sizes):
+        """Set losses of the last layer, and those of the others in sum."""
+        targets = [
+            {"labels": t["labels"], "boxes_norm": normalise_boxes(t["boxes"], size)}
+            for t, size in zip(targets, sizes, strict=True)
+        ]
+        number = sum(len(t["labels"]) for t in targets)
+        points, layers = self.points(outputs[0][0].device), []
+        for found in outputs:
+            pairs = hungarian_match(*found, targets, points)
+            layers.append(set_losses(*found, targets, pairs, 0.1, number))
+        auxiliary = sum(sum(losses.values()) for losses in layers[:-1])
+        return layers[-1] | ({"loss_auxiliary": auxiliary} if layers[:-1] else {})
+
+    def answers(self, outputs, sizes, out_sizes):
+        return [select_best(*found) for found in zip(*outputs[-1], out_sizes, strict=True)]
+
+
+def set_losses(logits, boxes_norm, targets, pairs, no_object_weight, number):
+    """DETR's losses of matched queries (arXiv:2005.12872, Sec. 3.1): class, 5 x L1, 2 x (1 - GIoU).
+
+    Arguments and pairs as in hungarian_match. Queries without an object should answer the last
+    class. The box losses are divided by `number`, averaged over all processes and at least 1; the
+    class loss is a mean weighted by class.
+    """
+    wanted = torch.full(logits.shape[:2], logits.shape[2] - 1, device=logits.device)  # (B, Q)
+    for row, target, (query, item) in zip(wanted, targets, pairs, strict=True):
+        row[query] = target["labels"][item]
+    weight = logits.new_ones(logits.shape[2], dtype=torch.float32)  # (K + 1,)
+    weight[-1] = no_object_weight
+    found = torch.cat([b[query] for b, (query, _) in zip(boxes_norm, pairs, strict=True)])
+    truth = torch.cat([t["boxes_norm"][item] for t, (_, item) in zip(targets, pairs, strict=True)])
+    number = torch.tensor(float(number), device=logits.device)
+    if dist.is_initialized():
+        dist.all_reduce(number)
+        number /= dist.get_world_size()
+    number = number.clamp(min=1)
+    corners = (box_convert(b, "cxcywh", "xyxy") for b in (found, truth))
+    return {
+        "loss_cls": F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), weight),
+        "loss_box": 5 * (found - truth).abs().sum() / number,
+        "loss_giou": 2 * generalized_box_iou_loss(*corners, reduction="sum") / number,
+    }
+
+
+def select_best(logits, boxes_norm, size):
+    """Each query's likeliest class, as detections in pixels of an image (h, w), best first."""
+    h, w = size
+    scores, labels = logits.float().softmax(dim=1)[:, :-1].max(dim=1)
+    order = scores.argsort(descending=True, stable=True)
+    boxes = box_convert(boxes_norm, "cxcywh", "xyxy") * boxes_norm.new_tensor([w, h, w, h])
+    return dict(boxes=boxes[order], scores=scores[order], labels=labels[order], tokens=order)
+
+
+class SemanticFPN(nn.Module):
+    """FPN of all stages, each level upsampled in steps to stride 4, and their sum (Sec. 5.3).
+
+    Classes are the data's, then background. Labels of -1 are ignored.
+    """
+
+    def __init__(self, c, num_classes):
+        super().__init__()
+        dim = c.head_dim
+        self.fpn = FeaturePyramidNetwork(c.embed_dims, dim)
+        self.scale_heads = nn.ModuleList()
+        for level in range(4):
+            branch = []
+            for i in range(max(1, level)):
+                branch.append(Conv2dNormActivation(dim if i == 0 else dim // 2, dim // 2, 3))
+                if level:
+                    branch.append(nn.Upsample(scale_factor=2, mode="bilinear"))
+            self.scale_heads.append(nn.Sequential(*branch))
+        self.dropout = nn.Dropout2d(0.1)
+        self.conv_seg = nn.Conv2d(dim // 2, num_classes + 1, 1)
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.zeros_(self.conv_seg.bias)
+
+    def forward(self, maps, sizes):
+        levels = self.fpn({str(s): x for s, x in enumerate(maps[:4])}).values()
+        parts = [head(x) for head, x in zip(self.scale_heads, levels, strict=True)]
+        x = sum(resize_map(part, maps[0].shape[2:]) for part in parts)  # (B, dim / 2, H/4, W/4)
+        return self.conv_seg(self.dropout(x))  # (B, K + 1, H/4, W/4)
+
+    def loss(self, logits, targets, sizes):
+        return {"loss_semantic": semantic_loss(logits, targets)}
+
+    def answers(self, logits, sizes, out_sizes):
+        return [semantic_answer(*each) for each in zip(logits, sizes, out_sizes, strict=True)]
+
+
+class ClassDecoderBlock(nn.Module):
+    """Queries read tokens; their scores before the softmax, (B, h, Q, N), are returned too."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.q, self.kv, self.proj = (
+            nn.Linear(dim, dim),
+            nn.Linear(dim, 2 * dim),
+            nn.Linear(dim, dim),
+        )
+        self.mlp = Mlp(dim, 3 * dim)
+
+    def forward(self, x, memory):
+        heads = (self.num_heads, x.shape[2] // self.num_heads)
+        q = self.q(self.norm1(x)).unflatten(2, heads).transpose(1, 2)  # (B, h, Q, d)
+        k, v = self.kv(memory).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)  # (B, h, N, d)
+        scores = q @ k.transpose(2, 3) / math.sqrt(heads[1])  # (B, h, Q, N)
+        x = x + self.proj((scores.softmax(dim=3) @ v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x)), scores
+
+
+class Trans2Seg(SemanticFPN):
+    """A query for each class, whose attention maps grow into its mask (Sec. 5.4, arXiv:2101.08461).
+
+    Differs: sine positions and no layer across all places, so that any image size will do; what
+    maps and features share is convolved once and not for each class.
+    """
+
+    def __init__(self, c, num_classes):
+        nn.Module.__init__(self)
+        dim, depth, width = c.head_dim, range(c.head_depth or 4), c.head_dim // 4
+        if dim % 32:
+            raise ValueError("head=trans2seg needs a head_dim divisible by 32")
+        heads = dim // 32
+        self.proj = nn.Conv2d(c.embed_dims[3], dim, 1)
+        self.encoder = nn.ModuleList(Block(dim, heads, 3.0) for _ in depth)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.queries = nn.Parameter(trunc_normal(1, num_classes + 1, dim))
+        self.decoder = nn.ModuleList(ClassDecoderBlock(dim, heads) for _ in depth)
+        self.features = nn.Conv2d(dim, width, 3, padding=1)
+        self.attention = nn.Conv2d(heads, width, 3, padding=1)
+        self.skip = nn.Conv2d(c.embed_dims[0], width, 1)
+        self.fuse = Conv2dNormActivation(width, width, 3)
+        self.out = nn.Conv2d(width, 1, 1)
+
+    def forward(self, maps, sizes):
+        x = self.proj(maps[3])  # (B, C, H, W)
+        grid = x.shape[2:]
+        real = real_cells(sizes, grid, 32, x.device)
+        mask = None if real.all() else real.flatten(1)[:, None, None]
+        x = (x + sine_positions(real, x.shape[1]).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+        for block in self.encoder:
+            x = block(x, mask)  # (B, N, C)
+        memory, x = self.norm(x), self.queries.expand(len(x), -1, -1)
+        for block in self.decoder:
+            x, scores = block(x, memory)
+        scores = scores.transpose(1, 2).flatten(0, 1).unflatten(2, grid)  # (B * K, h, H, W)
+        features = self.features(memory.transpose(1, 2).unflatten(2, grid))  # (B, C / 4, H, W)
+        x = features[:, None] + self.attention(scores).unflatten(0, (len(features), -1))
+        x = resize_map(F.relu(x.flatten(0, 1)), maps[0].shape[2:]).unflatten(0, x.shape[:2])
+        x = (x + self.skip(maps[0])[:, None]).flatten(0, 1)  # (B * K, C / 4, H/4, W/4)
+        return self.out(self.fuse(x)).view(len(features), -1, *maps[0].shape[2:])
+
+
+def resize_map(x, size):
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def semantic_loss(logits, targets):
+    """Cross-entropy of maps (B, K + 1, H/4, W/4) upsampled to labels (H, W), a mean of all pixels.
+
+    Pixels without a label, -1, and padding count as 0.
+    """
+    logits = resize_map(logits.float(), [4 * side for side in logits.shape[2:]])
+    wanted = torch.full_like(logits[:, 0], -1, dtype=torch.long)  # (B, H, W)
+    for row, target in zip(wanted, targets, strict=True):
+        h, w = target["semantic"].shape
+        row[:h, :w] = target["semantic"]
+    return F.cross_entropy(logits, wanted, ignore_index=-1, reduction="sum") / wanted.numel()
+
+
+def semantic_answer(logits, size, out_size):
+    """Class of every pixel: logits (K + 1, H/4, W/4) of an image (h, w) -> map of out_size."""
+    logits = resize_map(logits[None].float(), [4 * side for side in logits.shape[1:]])
+    logits = resize_map(logits[:, :, : size[0], : size[1]], out_size)
+    return dict(semantic=logits[0].argmax(dim=0))
+
+
+HEADS = {
+    "retinanet": RetinaNet,
+    "classifier": Classifier,
+    "detr": DETR,
+    "semantic": SemanticFPN,
+    "trans2seg": Trans2Seg,
+}
+
+# --- 6. Model -------------------------------------------------------------------------------------
+
+
+class PVT(nn.Module):
+    """The pyramid and one of HEADS (Fig. 2)."""
+
+    def __init__(self, config, num_classes):
+        super().__init__()
+        c = self.config = config
+        if c.head not in HEADS:
+            raise ValueError(f"head must be one of {', '.join(HEADS)}, not {c.head}")
+        self.num_classes = num_classes
+        self.backbone = Backbone(c)
+        self.head = HEADS[c.head](c, num_classes)
+        self.multiple = 1 if c.head == "classifier" else 32  # sides that images are padded to
+
+    def forward(self, images, targets=None, sizes=None):
+        """Losses if there are targets, else answers.
+
+        images: list of (3, h, w) floats in [0, 1]. targets: list of dict(boxes (M, 4) xyxy pixels,
+        labels (M,)); for a classifier dict(labels (1,)), for a segmenter dict(semantic (h, w) int64
+        in 0..K, K background, -1 ignored). sizes: the (height, width) in which each image's boxes
+        or classes are wanted, its own by default. Returns dict(loss_name=scalar) or a list of
+        dict(boxes (D, 4) xyxy, scores (D,), labels (D,)), best first; of dict(logits (K,)); or of
+        dict(semantic (height, width)).
+        """
+        if targets is not None:
+            x, true_sizes = pad_batch(images, self.multiple)
+            return self.head.loss(self.head(self.backbone(x), true_sizes), targets, true_sizes)
+        # Differs: the released code pads all images of a batch to one size, and its attention sees
+        # the padding. Here only images of equal padded size share a batch, so company never
+        # changes a prediction.
+        sizes = sizes or [image.shape[-2:] for image in images]
+        results = [None] * len(images)
+        for group in group_by_padded_size(images, self.multiple):
+            x, true_sizes = pad_batch([images[i] for i in group], self.multiple)
+            outputs = self.head(self.backbone(x), true_sizes)
+            answers = self.head.answers(outputs, true_sizes, [sizes[i] for i in group])
+            for i, answer in zip(group, answers, strict=True):
+                results[i] = answer
+        return results
+
+    def dense(self, images):
+        """Every layer once, on fixed shapes: what --summary counts."""
+        x, sizes = pad_batch(images, self.multiple)
+        self.head(self.backbone(x), sizes)
+
+
+def param_groups(model, recipe):
+    """AdamW's groups, `lr_scale` a factor on the learning rate (recipe's backbone_lr, or 1).
+
+    All has weight decay, norms, biases and positions too, as in the released detectors; but in a
+    classifier neither biases, norms nor the class token.
+    """
+    groups, all_decay = {}, model.config.head != "classifier"
+    for name, p in model.named_parameters():
+        scale = recipe["backbone_lr"] if name.startswith("backbone.") else 1.0
+        decays = all_decay or p.ndim > 1 and not name.endswith("cls_token")
+        groups.setdefault((scale, decays), []).append(p)
+    return [
+        dict(params=params, lr_scale=scale, weight_decay=recipe["weight_decay"] * decays)
+        for (scale, decays), params in groups.items()
+    ]
+
+
+RENAMES = [
+    (r"^(pos_embed|patch_embed|block|norm|cls_token)", r"backbone.\1"),
+    (r"\.dwconv\.dwconv\.", ".dwconv."),
+    (r"^head\.", "head.fc."),
+    (r"^neck\.lateral_convs\.(\d)\.conv\.", r"head.fpn.inner_blocks.\1.0."),
+    (r"^neck\.fpn_convs\.(\d)\.conv\.", r"head.fpn.layer_blocks.\1.0."),
+    (r"^bbox_head\.(\w+)_convs\.(\d)\.conv\.", r"head.\1_convs.\2.0."),
+    (r"^decode_head\.scale_heads\.(\d)\.(\d)\.conv\.", r"head.scale_heads.\1.\2.0."),
+    (r"^decode_head\.scale_heads\.(\d)\.(\d)\.bn\.", r"head.scale_heads.\1.\2.1."),
+    (r"^(bbox|decode)_head\.", "head."),
+]
+
+
+def from_official(state_dict, config=CONFIGS["tiny"]):
+    """Checkpoint of the authors in this file's names.
+
+    Reads classifiers of PVT and PVT v2 (with another head only their stages are kept), and the
+    RetinaNet and Semantic FPN files trained with MMDetection and MMSegmentation.
+    """
+    state = {}
+    for key in ("state_dict", "model"):
+        state_dict = state_dict.get(key, state_dict)
+    for key, value in state_dict.items():
+        for pattern, name in RENAMES:
+            key = re.sub(pattern, name, key)
+        if config.head == "retinanet":  # its two extra levels are in the same list
+            for i, name in ((3, "p6"), (4, "p7")):
+                key = key.replace(f"head.fpn.layer_blocks.{i}.0.", f"head.{name}.")
+        no_place = ("backbone.cls_token", "backbone.norm.", "head.fc.")
+        if config.head == "classifier" or not key.startswith(no_place):
+            state[key] = value
+    return state
+
+
+def build(config, num_classes):
+    """Model with random weights; config: a Config or a name in CONFIGS."""
+    return PVT(CONFIGS[config] if isinstance(config, str) else config, num_classes)
+
+
+# --- 7. Try it ------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    model, image = build("nano", num_classes=6).eval(), torch.rand(3, 128, 160)
+    print(f"PVT nano: {sum(p.numel() for p in model.parameters()):,} parameters")
+    with torch.no_grad():
+        x, sizes = pad_batch([image], 32)
+        maps = model.backbone(x)
+        for s, x in enumerate(maps, start=1):
+            keys = x.shape[2] * x.shape[3] // model.config.sr_ratios[s - 1] ** 2
+            print(f"stage {s} {tuple(x.shape)}: {x.shape[2] * x.shape[3]} queries, {keys} keys")
+        for level, x in enumerate(model.head.pyramid(maps), start=3):
+            print(f"p{level} {tuple(x.shape)}")
+        detections = model([image])[0]
+    print("detections:", {key: tuple(value.shape) for key, value in detections.items()})
