@@ -299,7 +299,7 @@ class PyramidBlock(nn.Module):
         return x + self.drop_path(y)
 
 
-class Backbone(nn.Module):
+class PyramidVisionTransformer(nn.Module):
     """Four stages: embed patches, add positions, transform, fold back into a map (Sec. 3.1)."""
 
     def __init__(self, c):
@@ -312,10 +312,7 @@ class Backbone(nn.Module):
         if self.has_token and c.sr_ratios[3] != 1:
             raise ValueError("the class token needs sr_ratios that end in 1")
         # A smaller image has no cell left in the last stage, or no key.
-        self.least = max(
-            4 * 2**s * max(1, r if c.design != "v2_li" else 1)
-            for s, r in enumerate([*c.sr_ratios[:3], max(1, c.sr_ratios[3])])
-        )
+        self.least = max(32, *(4 * 2**s * r for s, r in enumerate(c.sr_ratios)))
         total, index = max(1, sum(c.depths) - 1), 0
         dims = (3, *c.embed_dims)
         for s, (dim, depth, heads, ratio, sr) in enumerate(zip(*stages, strict=True)):
@@ -835,8 +832,8 @@ class ClassDecoderBlock(nn.Module):
 class Trans2Seg(SemanticFPN):
     """A query for each class, whose attention maps grow into its mask (Sec. 5.4, arXiv:2101.08461).
 
-    Differs: sine positions and no layer across all places, so that any image size will do; what
-    maps and features share is convolved once and not for each class.
+    Differs: sine positions and no layer across all places, so that any image size will do; the
+    features are convolved once and not for each class; a class's query is added to its map.
     """
 
     def __init__(self, c, num_classes):
@@ -852,6 +849,7 @@ class Trans2Seg(SemanticFPN):
         self.decoder = nn.ModuleList(ClassDecoderBlock(dim, heads) for _ in depth)
         self.features = nn.Conv2d(dim, width, 3, padding=1)
         self.attention = nn.Conv2d(heads, width, 3, padding=1)
+        self.name = nn.Linear(dim, width)
         self.skip = nn.Conv2d(c.embed_dims[0], width, 1)
         self.fuse = Conv2dNormActivation(width, width, 3)
         self.out = nn.Conv2d(width, 1, 1)
@@ -869,7 +867,8 @@ class Trans2Seg(SemanticFPN):
             x, scores = block(x, memory)
         scores = scores.transpose(1, 2).flatten(0, 1).unflatten(2, grid)  # (B * K, h, H, W)
         features = self.features(memory.transpose(1, 2).unflatten(2, grid))  # (B, C / 4, H, W)
-        x = features[:, None] + self.attention(scores).unflatten(0, (len(features), -1))
+        maps_of_classes = self.attention(scores).unflatten(0, x.shape[:2])  # (B, K, C / 4, H, W)
+        x = features[:, None] + maps_of_classes + self.name(x)[..., None, None]
         x = resize_map(F.relu(x.flatten(0, 1)), maps[0].shape[2:]).unflatten(0, x.shape[:2])
         x = (x + self.skip(maps[0])[:, None]).flatten(0, 1)  # (B * K, C / 4, H/4, W/4)
         return self.out(self.fuse(x)).view(len(features), -1, *maps[0].shape[2:])
@@ -919,7 +918,7 @@ class PVT(nn.Module):
         if c.head not in HEADS:
             raise ValueError(f"head must be one of {', '.join(HEADS)}, not {c.head}")
         self.num_classes = num_classes
-        self.backbone = Backbone(c)
+        self.backbone = PyramidVisionTransformer(c)
         self.head = HEADS[c.head](c, num_classes)
         self.multiple = 1 if c.head == "classifier" else 32  # sides that images are padded to
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 import mimdet
+import pvt
 import yolos
 
 ROOT = Path(__file__).parent
@@ -32,6 +34,17 @@ TINY = replace(
 )
 TINY_YOLOS = replace(
     yolos.CONFIGS["nano"], embed_dim=32, depth=2, num_heads=2, det_tokens=7, pos_grid=(4, 4)
+)
+
+TINY_PVT = replace(
+    pvt.CONFIGS["nano"],
+    embed_dims=(16, 32, 32, 64),
+    depths=(1, 1, 1, 1),
+    num_heads=(1, 2, 2, 4),
+    pos_size=64,
+    head_dim=32,
+    head_depth=2,
+    queries=7,
 )
 
 
@@ -542,6 +555,238 @@ def test_yolos_overfits_one_batch():
     assert sum(totals[-5:]) / 5 < 0.5 * totals[0], totals
 
 
+# --- PVT ------------------------------------------------------------------------------------------
+
+
+def pvt_model(head="retinanet", seed=0, **fields):
+    torch.manual_seed(seed)
+    return pvt.build(replace(TINY_PVT, head=head, **fields), num_classes=3)
+
+
+def pvt_example(head, *sizes, objects=2):
+    """Random images with targets as this head wants them."""
+    images, targets = example(*sizes, objects=objects)
+    if head == "classifier":
+        targets = [dict(labels=t["labels"][:1]) for t in targets]
+    if head in ("semantic", "trans2seg"):
+        maps = [torch.full(size, 3) for size in sizes]
+        for canvas, t in zip(maps, targets, strict=True):
+            for mask, label in zip(t["masks"], t["labels"], strict=True):
+                canvas[mask] = label
+        targets = [dict(semantic=canvas) for canvas in maps]
+    return images, targets
+
+
+@pytest.mark.parametrize(
+    ("variant", "head", "num_classes", "parameters"),
+    [
+        ("nano", "retinanet", 6, 1_272_602),
+        ("tiny", "retinanet", 80, 22_964_724),
+        ("small", "retinanet", 80, 34_221_300),
+        ("medium", "retinanet", 80, 53_943_540),
+        ("large", "retinanet", 80, 71_104_756),
+        ("tiny", "classifier", 1000, 13_229_288),
+        ("small", "classifier", 1000, 24_485_864),
+        ("medium", "classifier", 1000, 44_208_104),
+        ("large", "classifier", 1000, 61_369_320),
+        ("v2_b0", "classifier", 1000, 3_666_760),
+        ("v2_b1", "classifier", 1000, 14_009_000),
+        ("v2_b2", "classifier", 1000, 25_362_856),
+        ("v2_b2_li", "classifier", 1000, 22_553_512),
+        ("v2_b3", "classifier", 1000, 45_238_696),
+        ("v2_b4", "classifier", 1000, 62_556_072),
+        ("v2_b5", "classifier", 1000, 81_956_008),
+        ("small", "detr", 80, 41_645_141),
+        ("tiny", "semantic", 149, 16_981_398),  # 150 classes: ADE20K has no background
+        ("large", "semantic", 149, 65_121_430),
+    ],
+)
+def test_pvt_has_as_many_parameters_as_published(variant, head, num_classes, parameters):
+    with torch.device("meta"):
+        model = pvt.build(replace(pvt.CONFIGS[variant], head=head), num_classes)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_pvt_costs_as_much_as_published():
+    """1.93 billion multiplications with attention, for a classifier at 224 x 224."""
+    config = replace(pvt.CONFIGS["tiny"], head="classifier")
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        pvt.build(config, 1000).eval().dense([torch.rand(3, 224, 224)])
+    assert counter.get_total_flops() / 2e9 == pytest.approx(1.93, abs=0.01)
+
+
+def test_pvt_mixes_two_epsilons_as_released():
+    for name, module in pvt_model("classifier").backbone.named_modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            inner = name.startswith("patch_embed") or ".attn." in name
+            assert module.eps == (1e-5 if inner else 1e-6), name
+
+
+def test_spatial_reduction_attention_is_attention_to_shrunk_tokens():
+    attention, x = pvt.SpatialReductionAttention(8, num_heads=2, sr_ratio=2), torch.randn(3, 24, 8)
+    keys = attention.norm(attention.sr(x.transpose(1, 2).reshape(3, 8, 4, 6)).flatten(2).mT)
+    assert keys.shape == (3, 6, 8)
+    q = attention.q(x).reshape(3, 24, 2, 4).transpose(1, 2)
+    k, v = attention.kv(keys).reshape(3, 6, 2, 2, 4).permute(2, 0, 3, 1, 4)
+    written_out = (q @ k.mT / 2).softmax(dim=-1) @ v
+    expected = attention.proj(written_out.transpose(1, 2).reshape(3, 24, 8))
+    torch.testing.assert_close(attention(x, (4, 6)), expected)
+
+
+def test_assignment_of_anchors_equals_brute_force():
+    torch.manual_seed(1)
+    corner = torch.rand(300, 2) * 50
+    anchors = torch.cat([corner, corner + 5 + torch.rand(300, 2) * 40], dim=1)
+    boxes, anchors = anchors[:4].clone(), anchors[4:]
+    boxes[3] = boxes[2]  # the later of two equal boxes gets the anchors they share
+    boxes[1] = torch.tensor([40.0, 40, 42, 41])  # small: no anchor overlaps it by half
+    iou = box_iou(boxes, anchors)
+    expected = []
+    for n in range(len(anchors)):
+        best = max(range(4), key=lambda m: (iou[m, n].item(), -m))
+        item = best if iou[best, n] >= 0.5 else -1 if iou[best, n] < 0.4 else -2
+        for m in range(4):
+            item = m if iou[m, n] == iou[m].max() else item
+        expected.append(item)
+    assert pvt.assign_anchors(anchors, boxes).tolist() == expected
+    assert {-2, -1, 0, 1, 3} <= set(expected)
+    assert pvt.assign_anchors(anchors, boxes[:0]).tolist() == [-1] * len(anchors)
+
+
+def test_retinanet_losses_equal_brute_force():
+    torch.manual_seed(2)
+    anchors, K = torch.tensor([[0.0, 0, 8, 8], [4, 4, 20, 20], [0, 0, 9, 10]]), 2
+    head = pvt_model().head
+    target = dict(boxes=torch.tensor([[0.0, 0, 8, 8]]), labels=torch.tensor([1]))
+    nothing = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+    logits, deltas = torch.randn(2, 3, K), torch.randn(2, 3, 4)
+    losses = head.loss(([logits], [deltas], [anchors]), [target, nothing], None)
+    wanted = torch.zeros(2, 3, K)
+    wanted[0, 0, 1] = wanted[0, 2, 1] = 1  # IoU 1 and 64 / 90
+    p = logits.sigmoid()
+    focal = -wanted * 0.25 * (1 - p) ** 2 * p.log() - (1 - wanted) * 0.75 * p**2 * (1 - p).log()
+    assert losses["loss_cls"].item() == pytest.approx(focal.sum().item() / 3, rel=1e-5)  # 2 + 1
+    offsets = torch.tensor([[0.0, 0, 0, 0], [-0.5 / 9, -1 / 10, math.log(8 / 9), math.log(0.8)]])
+    error = (deltas[0, [0, 2]] - offsets).abs().sum().item()
+    assert losses["loss_box"].item() == pytest.approx(error / 3, rel=1e-5)
+
+
+DESIGNS = ["v1", "v2", "v2_li"]
+
+
+@pytest.mark.parametrize("head", list(pvt.HEADS))
+@pytest.mark.parametrize("design", DESIGNS)
+def test_every_parameter_of_pvt_gets_a_finite_gradient(head, design):
+    model = pvt_model(head, design=design, checkpoint=True).train()
+    losses = model(*pvt_example(head, (64, 96), (96, 64)))
+    sum(losses.values()).backward()
+    for name, p in model.named_parameters():
+        # DETR's decoder begins with zeros: its first self-attention has nothing to mix.
+        unused = name.startswith(("head.decoder.0.self_attn.", "head.decoder.0.norms.0."))
+        assert p.grad is not None and torch.isfinite(p.grad).all(), name
+        assert p.grad.any() or unused and head == "detr", name
+
+
+@pytest.mark.parametrize("head", ["retinanet", "detr", "semantic", "trans2seg"])
+def test_pvt_has_losses_without_any_object(head):
+    losses = pvt_model(head)(*pvt_example(head, (64, 64), (64, 96), objects=0))
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+@pytest.mark.parametrize("head", list(pvt.HEADS))
+@pytest.mark.parametrize("size", [(64, 96), (33, 47), (112, 112), (1, 70)])
+@torch.no_grad()
+def test_pvt_answers_for_any_size_alone_as_in_company(head, size):
+    model = pvt_model(head).eval()
+    if head == "retinanet":
+        model.head.retina_cls.bias.zero_()  # finds something
+    images, _ = example(size, (64, 80), (80, 64), (70, 90))
+    for image, found in zip(images, model(images), strict=True):
+        same(model([image])[0], found)
+        h, w = image.shape[1:]
+        larger = model([image], sizes=[(2 * h, 3 * w)])[0]
+        if head == "classifier":
+            assert found["logits"].shape == (3,)
+        elif head in ("semantic", "trans2seg"):
+            assert found["semantic"].shape == (h, w) and found["semantic"].max() <= 3
+            assert larger["semantic"].shape == (2 * h, 3 * w)
+        else:
+            assert len(found["boxes"]) and found["labels"].max() < 3
+            assert (found["scores"].diff() <= 0).all()
+            scaled = found["boxes"] * torch.tensor([3, 2, 3, 2])
+            torch.testing.assert_close(larger["boxes"], scaled, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@torch.no_grad()
+def test_pyramid_has_strides_4_to_32_for_any_size(design):
+    backbone = pvt_model(design=design).backbone.eval()
+    for h, w in ((64, 96), (96, 32), (70, 101)):
+        for s, x in enumerate(backbone(torch.rand(1, 3, h, w))):
+            stride = 4 * 2**s
+            least = (h // stride, w // stride)
+            most = (-(-h // stride), -(-w // stride))
+            assert x.shape[1] == TINY_PVT.embed_dims[s]
+            assert x.shape[2:] == (least if design == "v1" else most)
+
+
+@torch.no_grad()
+def test_detr_does_not_look_at_padding():
+    model, images = pvt_model("detr").eval(), example((64, 64), (64, 128))[0]
+    x, sizes = pvt.pad_batch(images, 32)
+    maps = model.backbone(x)
+    maps[3][0, :, :, 2:] = 0
+    other = [m.clone() for m in maps]
+    other[3][0, :, :, 2:] = 99
+    for a, b in zip(model.head(maps, sizes), model.head(other, sizes), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_semantic_loss_is_a_mean_over_all_pixels():
+    torch.manual_seed(0)
+    logits, wanted = torch.randn(2, 4, 2, 3), torch.randint(-1, 4, (2, 8, 12))
+    targets = [dict(semantic=wanted[0]), dict(semantic=wanted[1, :7, :9])]
+    full = F.interpolate(logits, scale_factor=4, mode="bilinear").log_softmax(dim=1)
+    total = 0.0
+    for image, (h, w) in enumerate([(8, 12), (7, 9)]):
+        for y, x in itertools.product(range(h), range(w)):
+            k = wanted[image, y, x]
+            total -= full[image, k, y, x].item() if k >= 0 else 0
+    found = pvt.semantic_loss(logits, targets).item()
+    assert found == pytest.approx(total / (2 * 8 * 12), rel=1e-5)
+
+
+def test_pvt_decays_and_slows_what_the_released_recipes_do():
+    model = pvt_model()
+    (group,) = pvt.param_groups(model, pvt.RECIPES["paper"])
+    assert group["weight_decay"] == 1e-4 and len(group["params"]) == len([*model.parameters()])
+    model = pvt_model("detr")
+    scales = {g["lr_scale"]: g["params"] for g in pvt.param_groups(model, pvt.RECIPES["detr"])}
+    assert len(scales[0.1]) == len([*model.backbone.parameters()])
+    model = pvt_model("classifier")
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in pvt.param_groups(model, pvt.RECIPES["classifier"]):
+        for name in (names[id(p)] for p in group["params"]):
+            exempt = name.endswith(("bias", "cls_token")) or "norm" in name
+            assert (group["weight_decay"] == 0) == exempt, name
+
+
+@pytest.mark.parametrize("head", list(pvt.HEADS))
+def test_pvt_overfits_one_batch(head):
+    """60 steps bring the loss below 0.6 of where it began."""
+    model, (images, targets) = pvt_model(head), pvt_example(head, (64, 64), (64, 96), objects=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    totals = []
+    for _ in range(60):
+        loss = sum(model.train()(images, targets).values())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        totals.append(loss.item())
+    assert sum(totals[-5:]) / 5 < 0.6 * totals[0], totals
+
+
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 
@@ -644,6 +889,37 @@ def test_an_encoder_goes_from_mimdet_to_yolos(model):
     )
 
 
+def test_stages_of_a_classifier_arrive_under_another_head():
+    classifier = pvt_model("classifier", seed=1)
+    released = {
+        re.sub(r"^(backbone\.|head\.fc\.)", lambda m: "head." if m[1] != "backbone." else "", k): v
+        for k, v in classifier.state_dict().items()
+    }
+    assert {"cls_token", "norm.weight", "head.weight", "pos_embed1"} <= set(released)
+    model = pvt_model()
+    state = pvt.from_official({"model": released}, model.config)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and all(name.startswith("head.") for name in missing)
+    torch.testing.assert_close(
+        model.backbone.block3[0].attn.kv.weight, classifier.backbone.block3[0].attn.kv.weight
+    )
+    again = pvt.from_official(released, classifier.config)
+    assert set(again) == set(classifier.state_dict())
+
+
+def test_released_segmenters_have_a_place_for_every_weight():
+    model = pvt_model("semantic")
+    released = {}
+    for key, value in model.state_dict().items():
+        key = re.sub(r"^head\.fpn\.inner_blocks\.(\d)\.0", r"neck.lateral_convs.\1.conv", key)
+        key = re.sub(r"^head\.fpn\.layer_blocks\.(\d)\.0", r"neck.fpn_convs.\1.conv", key)
+        key = re.sub(r"^head\.(scale_heads\.\d\.\d)\.0", r"decode_head.\1.conv", key)
+        key = re.sub(r"^head\.(scale_heads\.\d\.\d)\.1", r"decode_head.\1.bn", key)
+        released[re.sub(r"^head\.", "decode_head.", key)] = value
+    assert "decode_head.scale_heads.3.4.bn.running_mean" in released
+    model.load_state_dict(pvt.from_official({"state_dict": released}, model.config))
+
+
 # --- The files as texts ---------------------------------------------------------------------------
 
 
@@ -685,19 +961,12 @@ def test_files_import_no_other_file_of_the_project(file):
         assert {name.partition(".")[0] for name in names} <= allowed
 
 
-@pytest.mark.parametrize("module", [mimdet, yolos], ids=lambda module: module.__name__)
-def test_shape_comments_are_true(module, model):
-    """Trains and predicts under a tracer: every `x = ...  # (B, N, C)` must have that many axes."""
-    model = {mimdet: model, yolos: yolos_model(mid_pos_grid=(4, 6))}[module]
-    comments = {}
-    for number, line in enumerate(Path(module.__file__).read_text().splitlines(), start=1):
-        found = re.match(r"\s+(\w+)(?:, .*?)? = .*  # \(([^()]*(?:\([^()]*\)[^()]*)*)\)$", line)
-        if found:
-            comments[number] = (found[1], found[2].rstrip(",").count(",") + 1)
+def ranks_under_trace(file, comments, run):
+    """Run, watching the commented lines of a file; the lines seen, and those with a wrong rank."""
     checked, wrong = set(), []
 
     def trace(frame, event, _):
-        if frame.f_code.co_filename != module.__file__:
+        if frame.f_code.co_filename != file:
             return None
         last = [None]
 
@@ -716,13 +985,33 @@ def test_shape_comments_are_true(module, model):
 
     sys.settrace(trace)
     try:
-        model.train()(*example((64, 96)))
-        with torch.no_grad():
-            model.eval()(example((64, 96))[0])
-            if module is yolos:
-                model.attention(example((64, 96))[0][0])
+        run()
     finally:
         sys.settrace(None)
+    return checked, wrong
+
+
+@pytest.mark.parametrize("module", [mimdet, yolos, pvt], ids=lambda module: module.__name__)
+def test_shape_comments_are_true(module, model):
+    """Trains and predicts under a tracer: every `x = ...  # (B, N, C)` must have that many axes."""
+    comments = {}
+    for number, line in enumerate(Path(module.__file__).read_text().splitlines(), start=1):
+        found = re.match(r"\s+(\w+)(?:, .*?)? = .*  # \(([^()]*(?:\([^()]*\)[^()]*)*)\)$", line)
+        if found:
+            comments[number] = (found[1], found[2].rstrip(",").count(",") + 1)
+    heads = [(pvt_model(head), head) for head in pvt.HEADS]
+    heads += [(pvt_model(design=design), "") for design in DESIGNS]
+    models = {mimdet: [(model, "")], yolos: [(yolos_model(mid_pos_grid=(4, 6)), "")], pvt: heads}
+
+    def run():
+        for model, head in models[module]:
+            model.train()(*pvt_example(head, (64, 96)))
+            with torch.no_grad():
+                model.eval()(example((64, 96))[0])
+                if module is yolos:
+                    model.attention(example((64, 96))[0][0])
+
+    checked, wrong = ranks_under_trace(module.__file__, comments, run)
     assert not wrong, wrong
     assert len(checked) >= 0.6 * len(comments), (
         f"only lines {sorted(checked)} of {sorted(comments)} were reached"
