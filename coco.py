@@ -202,8 +202,8 @@ class ObjectCrops(CocoDataset):
 
 def piece(start, length, side, limit):
     """Whole pixels from..to of `side` around start..start + length, inside 0..limit."""
-    low = min(max(0, int(start + (length - side) / 2)), max(0, int(limit - side)))
-    return low, max(low + 1, min(limit, math.ceil(low + side)))
+    start = min(max(0, start + (length - side) / 2), max(0, limit - side))
+    return int(start), min(limit, math.ceil(start + side))
 
 
 class SemanticMaps(CocoDataset):

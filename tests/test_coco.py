@@ -377,6 +377,129 @@ def test_shapes_are_what_they_promise():
         )
 
 
+# --- Classes of objects, classes of pixels --------------------------------------------------------
+
+
+def box_mask(x0, y0, x1, y1):
+    """Uncompressed run lengths of a filled box in GREY."""
+    mask = np.zeros((40, 60), dtype=np.uint8)
+    mask[y0:y1, x0:x1] = 1
+    flat = np.flatnonzero(np.diff(np.r_[0, mask.flatten(order="F"), 0]))
+    return {"counts": np.diff(np.r_[0, flat, 2400]).tolist(), "size": [40, 60]}
+
+
+def square_annotation(i, x0, y0, x1, y1, category_id=7, **more):
+    box = [x0, y0, x1 - x0, y1 - y0]
+    mask = box_mask(x0, y0, x1, y1)
+    return annotation(i, box, category_id, segmentation=mask, area=box[2] * box[3], **more)
+
+
+def test_objects_become_square_pictures(write_coco):
+    picture = torch.arange(2400, dtype=torch.int32).reshape(40, 60) % 251
+    picture = picture.to(torch.uint8).expand(3, 40, 60)
+    boxes = [[10, 10, 20, 20], [20, 5, 10, 30], [50, 2, 10, 4], [5.5, 3.5, 3, 3], [0, 10, 60, 10]]
+    rows = [annotation(i, box, 3 if i else 7) for i, box in enumerate(boxes)]
+    dataset = coco.ObjectCrops(write_coco(rows, {"a.png": picture}), "train")
+    assert len(dataset) == 5 and dataset[0][1]["labels"].tolist() == [0]
+    windows = [(10, 30, 10, 30), (5, 35, 10, 40), (0, 10, 50, 60), (3, 7, 5, 9), (0, 40, 0, 60)]
+    for i, (top, bottom, left, right) in enumerate(windows):
+        image, target = dataset[i]
+        assert torch.equal(image, picture[:, top:bottom, left:right] / 255), i
+        assert target["size"] == (bottom - top, right - left)
+    assert dataset[4][1]["labels"].tolist() == [1]
+
+
+def test_pictures_of_objects_get_one_size(write_coco):
+    rows = [annotation(0, [10, 10, 20, 20]), annotation(1, [0, 0, 60, 40])]
+    root = write_coco(rows, {"a.png": GREY})
+    for train, crop in ((True, (0.5, 1.0)), (True, ()), (False, (0.5, 1.0))):
+        transform = coco.Transform(PLAIN | dict(sizes=(24,), crop=crop), train, "classify")
+        dataset = coco.ObjectCrops(root, "train", transform)
+        assert [dataset[i, 0][0].shape for i in range(2)] == [(3, 24, 24)] * 2
+
+
+def test_a_classifier_is_judged_by_the_share_it_names_rightly(write_coco):
+    rows = [annotation(i, [10, 10, 20, 20], c) for i, c in enumerate((7, 7, 3))]
+    dataset = coco.ObjectCrops(write_coco(rows, {"a.png": GREY}), "train")
+    logits = torch.tensor([[2.0, 0], [0, 2], [0, 2]])  # the second is wrong
+    results = [
+        result
+        for i in range(3)
+        for result in coco.to_results(dataset, dataset[i][1], dict(logits=logits[i]))
+    ]
+    assert [r["category_id"] for r in results] == [7, 3, 3]
+    assert coco.evaluate(dataset, results) == {"top1": pytest.approx(2 / 3)}
+
+
+def test_pixels_have_the_class_of_the_smallest_object(write_coco):
+    rows = [
+        square_annotation(0, 20, 10, 30, 20, 3),
+        square_annotation(1, 10, 5, 40, 35, 7),
+        square_annotation(2, 0, 0, 15, 40, 7, iscrowd=1),
+    ]
+    dataset = coco.SemanticMaps(write_coco(rows, {"a.png": GREY}), "train")
+    wanted = torch.full((40, 60), 2)
+    wanted[:, :15] = -1
+    wanted[5:35, 10:40] = 0
+    wanted[10:20, 20:30] = 1
+    image, target = dataset[0]
+    assert torch.equal(target["semantic"], wanted) and target["semantic"].dtype == torch.int64
+    dataset.transform = coco.Transform(PLAIN | dict(sizes=(80,), crop=(30,)), True)
+    image, target = dataset[0, 1]
+    assert image.shape == (3, 30, 30) and target["semantic"].shape == (30, 30)
+    dataset.transform = coco.Transform(PLAIN | dict(sizes=(80,)), False)
+    enlarged = wanted.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert torch.equal(dataset[0][1]["semantic"], enlarged)
+
+
+def test_boxes_alone_cannot_be_segmented(write_coco):
+    root = write_coco([annotation(0, [10, 10, 20, 20])], {"a.png": GREY})
+    with pytest.raises(DataError, match="no masks to segment by"):
+        coco.SemanticMaps(root, "train")
+
+
+def test_a_segmenter_is_judged_by_overlap(write_coco):
+    rows = [
+        square_annotation(0, 0, 0, 20, 40, 7),
+        square_annotation(1, 40, 0, 60, 10, 7, iscrowd=1),
+    ]
+    dataset = coco.SemanticMaps(write_coco(rows, {"a.png": GREY}), "train")
+    truth = dataset[0][1]["semantic"]
+    found = torch.full((40, 60), 2)
+    found[:, 10:30] = 0  # half of the object, and as much beside it
+    results = coco.to_results(dataset, dataset[0][1], dict(semantic=found))
+    metrics = coco.evaluate(dataset, results)
+    judged = truth >= 0
+    iou = [
+        ((truth == k) & (found == k))[judged].sum() / ((truth == k) | (found == k))[judged].sum()
+        for k in (0, 2)  # nobody has or finds class 1
+    ]
+    assert metrics["mIoU"] == pytest.approx((sum(iou) / 2).item())
+    right = (truth == found)[judged].float().mean().item()
+    assert metrics["pixel_accuracy"] == pytest.approx(right)
+    perfect = coco.to_results(dataset, dataset[0][1], dict(semantic=truth.clamp(min=0)))
+    assert coco.evaluate(dataset, perfect) == {"mIoU": 1, "pixel_accuracy": 1}
+
+
+def test_answers_of_every_kind_are_drawn_and_described():
+    image, classes = torch.full((3, 40, 60), 0.5), [{"name": "cat"}, {"name": "dog"}]
+    semantic = torch.full((40, 60), 2)
+    semantic[:, :15] = 1
+    plain = coco.draw(image, dict(boxes=torch.zeros(0, 4)), classes)
+    drawn = coco.draw(image, dict(semantic=semantic), classes)
+    changed = (drawn != plain).any(dim=0)
+    edge = changed.shape[1] // 4
+    assert changed[:, :edge].all() and not changed[:, edge:].any()
+    assert coco.describe(dict(semantic=semantic), classes) == "background 75%, dog 25%"
+    logits = dict(logits=torch.tensor([0.0, 9]))
+    assert (coco.draw(image, logits, classes) != plain).any()
+    assert coco.describe(logits, classes) == "dog 1.00"
+    assert (coco.draw(image, dict(labels=torch.tensor([1])), classes) != plain).any()
+
+
+# --- Real images ----------------------------------------------------------------------------------
+
+
 def test_real_coco_loads(real_coco):
     for split in ("train", "val"):
         dataset = coco.CocoDataset(real_coco, split, coco.Transform(PLAIN, True), limit=12)

@@ -338,6 +338,74 @@ def test_an_encoder_trained_by_mimdet_goes_on_in_yolos(finished, shapes, tmp_pat
     )
 
 
+# --- PVT ------------------------------------------------------------------------------------------
+
+TINY_PVT = "embed_dims=16,16,32,32 depths=1,1,1,1 num_heads=1,1,2,2 pos_size=64 head_dim=32".split()
+
+
+@pytest.mark.parametrize(
+    ("head", "metric", "answer"),
+    [
+        ("retinanet", "AP", "objects with a score"),
+        ("detr", "AP", "objects with a score"),
+        ("classifier", "top1", r": \w+ 0\.\d\d ->"),
+        ("semantic", "mIoU", r"\w+ \d+%"),
+        ("trans2seg", "mIoU", r"\w+ \d+%"),
+    ],
+)
+def test_every_head_of_pvt_trains_evaluates_and_predicts(
+    head, metric, answer, shapes, tmp_path, capsys
+):
+    out, settings = tmp_path / "run", ["--set", f"head={head}", *TINY_PVT]
+    data = ["--model", "pvt", "--data", shapes]
+    assert run(*data, "--out", out, "--steps", 3, *settings, "head_depth=1") == 0
+    result = json.loads((out / "result.json").read_text())
+    assert 0 <= result[metric] <= 1 and result["config"]["head"] == head
+    assert (out / "detections.json").exists() == (metric == "AP")
+    assert list(out.glob("epoch-*.png"))
+    assert run("--model", "pvt", "--data", shapes, "--out", out, "--eval-only", tiny=False) == 0
+    picture = next((shapes / "val2017").iterdir())
+    capsys.readouterr()
+    assert run("--model", "pvt", "--out", out, "--predict", picture, tiny=False) == 0
+    assert re.search(answer, capsys.readouterr().out) and list(out.glob("predict-1-*.png"))
+
+
+def test_the_head_decides_the_recipe():
+    import pvt
+
+    config = dict(head="detr")
+    assert train.recipe_of(pvt, "small", config) == pvt.RECIPES["detr"]
+    assert train.recipe_of(pvt, "small", dict(head="retinanet")) == pvt.RECIPES["paper"]
+    assert train.recipe_of(pvt, "nano", dict(head="retinanet")) == pvt.RECIPES["nano"]
+    assert train.recipe_of(pvt, "nano", dict(head="classifier")) == pvt.RECIPES["nano-classifier"]
+    assert train.recipe_of(mimdet, "base", {}) == mimdet.RECIPES["paper"]
+
+
+@pytest.mark.parametrize(
+    "setting", ["head=yolo", "embed_dims=8,8", "design=v3", "num_heads=1,2,3,4"]
+)
+def test_impossible_settings_of_pvt_are_answered_in_one_line(setting, shapes, tmp_path, capsys):
+    args = ["--model", "pvt", "--data", shapes, "--out", tmp_path / "run", "--set"]
+    assert run(*args, *TINY_PVT, setting) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: --set: ") and message.count("\n") == 1
+
+
+def test_weights_of_the_authors_segmenters_and_detectors_are_found(shapes, tmp_path, capsys):
+    """They lie under "state_dict"."""
+    import pvt
+
+    settings = train.parse_args(["--set", *TINY_PVT]).set
+    config = train.dataclasses.asdict(pvt.CONFIGS["nano"])
+    train.override(settings, config)
+    state = pvt.build(pvt.Config(**config), 6).state_dict()
+    state = {k: v for k, v in state.items() if k.startswith("backbone.")}
+    torch.save({"meta": {"epoch": 12}, "state_dict": state}, tmp_path / "theirs.pth")
+    args = ["--model", "pvt", "--data", shapes, "--out", tmp_path / "run", "--steps", 1]
+    assert run(*args, "--init", tmp_path / "theirs.pth", "--set", *TINY_PVT) == 0
+    assert f"{len(state)} of" in capsys.readouterr().out
+
+
 def test_a_finished_run_is_not_overwritten(finished, shapes, capsys):
     assert run("--data", shapes, "--out", finished, "--steps", 1) == 2
     assert "holds a run; give --resume" in capsys.readouterr().err
