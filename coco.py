@@ -359,9 +359,6 @@ class Batches(Sampler):
             first = self.rank * self.batch_size
             yield [(i, random_seed(self.seed, step, first + k)) for k, i in enumerate(indices)]
 
-    def __len__(self):
-        return self.stop - self.start
-
 
 def steps_per_epoch(dataset, global_batch):
     return max(1, len(dataset) // global_batch)

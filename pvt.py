@@ -699,7 +699,7 @@ class DETR(nn.Module):
         x = self.input_proj(maps[3])  # (B, C, H, W)
         real = real_cells(sizes, x.shape[2:], 32, x.device)
         position = sine_positions(real, x.shape[1]).flatten(1, 2)  # (B, N, C)
-        padding = None if real.all() else ~real.flatten(1)
+        padding = ~real.flatten(1) if len(set(sizes)) > 1 else None
         memory = x.flatten(2).transpose(1, 2)  # (B, N, C)
         for layer in self.encoder:
             memory = layer(memory, position, padding=padding)
@@ -770,11 +770,34 @@ def select_best(logits, boxes_norm, size):
     return dict(boxes=boxes[order], scores=scores[order], labels=labels[order], tokens=order)
 
 
-class SemanticFPN(nn.Module):
-    """FPN of all stages, each level upsampled in steps to stride 4, and their sum (Sec. 5.3).
+class Segmenter(nn.Module):
+    """Logits (B, K + 1, H/4, W/4) of every pixel: the data's classes, then background."""
 
-    Classes are the data's, then background. Labels of -1 are ignored.
-    """
+    def loss(self, logits, targets, sizes):
+        """Cross-entropy at full size, a mean over all pixels; unlabelled ones, -1, count as 0."""
+        logits = resize_map(logits.float(), [4 * side for side in logits.shape[2:]])
+        wanted = torch.full_like(logits[:, 0], -1, dtype=torch.long)  # (B, H, W), with padding
+        for row, target in zip(wanted, targets, strict=True):
+            h, w = target["semantic"].shape
+            row[:h, :w] = target["semantic"]
+        total = F.cross_entropy(logits, wanted, ignore_index=-1, reduction="sum")
+        return {"loss_semantic": total / wanted.numel()}
+
+    def answers(self, logits, sizes, out_sizes):
+        results = []
+        for x, (h, w), out_size in zip(logits.float(), sizes, out_sizes, strict=True):
+            x = resize_map(x[None], [4 * side for side in x.shape[1:]])  # (1, K + 1, H, W)
+            x = resize_map(x[:, :, :h, :w], out_size)  # (1, K + 1, height, width)
+            results.append(dict(semantic=x[0].argmax(dim=0)))
+        return results
+
+
+def resize_map(x, size):
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class SemanticFPN(Segmenter):
+    """FPN of all stages, each level upsampled in steps to stride 4, and their sum (Sec. 5.3)."""
 
     def __init__(self, c, num_classes):
         super().__init__()
@@ -799,12 +822,6 @@ class SemanticFPN(nn.Module):
         x = sum(resize_map(part, maps[0].shape[2:]) for part in parts)  # (B, dim / 2, H/4, W/4)
         return self.conv_seg(self.dropout(x))  # (B, K + 1, H/4, W/4)
 
-    def loss(self, logits, targets, sizes):
-        return {"loss_semantic": semantic_loss(logits, targets)}
-
-    def answers(self, logits, sizes, out_sizes):
-        return [semantic_answer(*each) for each in zip(logits, sizes, out_sizes, strict=True)]
-
 
 class ClassDecoderBlock(nn.Module):
     """Queries read tokens; their scores before the softmax, (B, h, Q, N), are returned too."""
@@ -813,11 +830,9 @@ class ClassDecoderBlock(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.q, self.kv, self.proj = (
-            nn.Linear(dim, dim),
-            nn.Linear(dim, 2 * dim),
-            nn.Linear(dim, dim),
-        )
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
         self.mlp = Mlp(dim, 3 * dim)
 
     def forward(self, x, memory):
@@ -829,7 +844,7 @@ class ClassDecoderBlock(nn.Module):
         return x + self.mlp(self.norm2(x)), scores
 
 
-class Trans2Seg(SemanticFPN):
+class Trans2Seg(Segmenter):
     """A query for each class, whose attention maps grow into its mask (Sec. 5.4, arXiv:2101.08461).
 
     Differs: sine positions and no layer across all places, so that any image size will do; the
@@ -837,7 +852,7 @@ class Trans2Seg(SemanticFPN):
     """
 
     def __init__(self, c, num_classes):
-        nn.Module.__init__(self)
+        super().__init__()
         dim, depth, width = c.head_dim, range(c.head_depth or 4), c.head_dim // 4
         if dim % 32:
             raise ValueError("head=trans2seg needs a head_dim divisible by 32")
@@ -858,7 +873,7 @@ class Trans2Seg(SemanticFPN):
         x = self.proj(maps[3])  # (B, C, H, W)
         grid = x.shape[2:]
         real = real_cells(sizes, grid, 32, x.device)
-        mask = None if real.all() else real.flatten(1)[:, None, None]
+        mask = real.flatten(1)[:, None, None] if len(set(sizes)) > 1 else None
         x = (x + sine_positions(real, x.shape[1]).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
         for block in self.encoder:
             x = block(x, mask)  # (B, N, C)
@@ -872,30 +887,6 @@ class Trans2Seg(SemanticFPN):
         x = resize_map(F.relu(x.flatten(0, 1)), maps[0].shape[2:]).unflatten(0, x.shape[:2])
         x = (x + self.skip(maps[0])[:, None]).flatten(0, 1)  # (B * K, C / 4, H/4, W/4)
         return self.out(self.fuse(x)).view(len(features), -1, *maps[0].shape[2:])
-
-
-def resize_map(x, size):
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
-
-
-def semantic_loss(logits, targets):
-    """Cross-entropy of maps (B, K + 1, H/4, W/4) upsampled to labels (H, W), a mean of all pixels.
-
-    Pixels without a label, -1, and padding count as 0.
-    """
-    logits = resize_map(logits.float(), [4 * side for side in logits.shape[2:]])
-    wanted = torch.full_like(logits[:, 0], -1, dtype=torch.long)  # (B, H, W)
-    for row, target in zip(wanted, targets, strict=True):
-        h, w = target["semantic"].shape
-        row[:h, :w] = target["semantic"]
-    return F.cross_entropy(logits, wanted, ignore_index=-1, reduction="sum") / wanted.numel()
-
-
-def semantic_answer(logits, size, out_size):
-    """Class of every pixel: logits (K + 1, H/4, W/4) of an image (h, w) -> map of out_size."""
-    logits = resize_map(logits[None].float(), [4 * side for side in logits.shape[1:]])
-    logits = resize_map(logits[:, :, : size[0], : size[1]], out_size)
-    return dict(semantic=logits[0].argmax(dim=0))
 
 
 HEADS = {

@@ -203,6 +203,8 @@ def load_weights(net, module, args, path, data, exact):
         "missing": [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")],
         "unexpected": [k for k in state if k not in wanted],
     }
+    if any(isinstance(value, argparse.Namespace) for value in data.values()):
+        say(args, f"{path}: its authors' arguments (a Namespace) were let in as plain values")
     say(args, f"{path}: {len(fits)} of {len(wanted)} tensors loaded, {resized} of them resized")
     for what, names in lists.items():
         if names:
@@ -216,12 +218,17 @@ def load_weights(net, module, args, path, data, exact):
     net.load_state_dict(fits, strict=False)
 
 
-def save(path, data):
-    """Write a checkpoint so that a crash leaves the old file or the new one, never a part."""
+def write_whole(path, write, data):
+    """Let write(data, file) make a file so that a crash leaves the old one or the new, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    torch.save(data, partial)
+    with partial.open("wb") as file:
+        write(data, file)
     os.replace(partial, path)
+
+
+def write_json(path, data):
+    write_whole(path, lambda data, file: file.write(json.dumps(data).encode()), data)
 
 
 # --- 3. Evaluate ----------------------------------------------------------------------------------
@@ -292,12 +299,6 @@ def comparison(dataset, outputs):
             both = (truth, outputs[info["id"]])
             pairs.append([coco.draw(image, found, dataset.classes) for found in both])
     return [sum(pairs[i : i + 2], []) for i in range(0, len(pairs), 2)]
-
-
-def write_json(path, data):
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data))
-    os.replace(partial, path)
 
 
 def n_a(value):
@@ -453,7 +454,7 @@ def save_run(args, name, net, optimizer, dataset, progress):
         about = dict(name=args.model, variant=args.variant, seed=args.seed, classes=dataset.classes)
         states = dict(model=net.state_dict(), optimizer=optimizer.state_dict())
         settings = dict(config=dataclasses.asdict(net.config), recipe=args.recipe)
-        save(args.out / name, about | states | progress | settings)
+        write_whole(args.out / name, torch.save, about | states | progress | settings)
 
 
 class Log:

@@ -318,6 +318,7 @@ def test_files_with_the_authors_arguments_inside_are_read(finished_yolos, shapes
     assert run_yolos(*args, "--eval-only", "--set", *TINY_YOLOS) == 0
     out = capsys.readouterr().out
     assert "41 of 43 tensors loaded" in out and "other shape, not loaded: 2: class_embed" in out
+    assert "authors' arguments (a Namespace) were let in as plain values" in out
 
     class Evil(argparse.Namespace):
         def __reduce__(self):
