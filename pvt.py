@@ -848,7 +848,7 @@ class Trans2Seg(Segmenter):
     """A query for each class, whose attention maps grow into its mask (Sec. 5.4, arXiv:2101.08461).
 
     Differs: sine positions and no layer across all places, so that any image size will do; the
-    features are convolved once and not for each class; a class's query is added to its map.
+    features are convolved once and not for each class, and then weighted by the class's query.
     """
 
     def __init__(self, c, num_classes):
@@ -883,7 +883,7 @@ class Trans2Seg(Segmenter):
         scores = scores.transpose(1, 2).flatten(0, 1).unflatten(2, grid)  # (B * K, h, H, W)
         features = self.features(memory.transpose(1, 2).unflatten(2, grid))  # (B, C / 4, H, W)
         maps_of_classes = self.attention(scores).unflatten(0, x.shape[:2])  # (B, K, C / 4, H, W)
-        x = features[:, None] + maps_of_classes + self.name(x)[..., None, None]
+        x = features[:, None] * self.name(x)[..., None, None] + maps_of_classes
         x = resize_map(F.relu(x.flatten(0, 1)), maps[0].shape[2:]).unflatten(0, x.shape[:2])
         x = (x + self.skip(maps[0])[:, None]).flatten(0, 1)  # (B * K, C / 4, H/4, W/4)
         return self.out(self.fuse(x)).view(len(features), -1, *maps[0].shape[2:])

@@ -132,11 +132,11 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Image (B, 3, H, W) -> one vector for every 16x16 patch, (B, C, H/16, W/16)."""
+    """Image (B, 3, H, W) -> one vector for every p x p patch, (B, C, H/p, W/p)."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, patch=16):
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, 16, stride=16)
+        self.proj = nn.Conv2d(3, dim, patch, stride=patch)
 
     def forward(self, x):
         return self.proj(x)

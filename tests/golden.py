@@ -22,7 +22,9 @@ def filled(key, shape, rule, variant="base"):
     """Float32 tensor of one entry: standard normal numbers seeded by the key, scaled by rule."""
     n = np.random.RandomState(zlib.crc32(key.encode()) & 0x7FFFFFFF).standard_normal(tuple(shape))
     wide = variant == "wide" and not key.endswith("bias")
-    scale = {"norm": 0.1, "mean": 0.1, "var": 0.1, "small": 0.5 if wide else 0.02}
+    scale = {"norm": 0.1, "mean": 0.1, "var": 0.1, "small": 0.5 if wide else 0.02, "gamma": 0.02}
+    if rule == "gamma" and wide:
+        rule = "norm"
     if rule == "fan":
         n = n / math.sqrt(math.prod(shape[1:]))
     else:

@@ -1,0 +1,797 @@
+"""SimMIM: a Simple Framework for Masked Image Modeling (Xie et al., CVPR 2022, arXiv:2111.09886).
+
+Hide large squares of a picture behind one learned vector, send all patches through an ordinary
+encoder, and predict the hidden pixels with one linear layer and an L1 loss. Nothing else is needed
+to pre-train a ViT or a Swin, and each choice (mask, head, target, loss) is a field of Config.
+Flow: image (B, 3, H, W), mask (B, H/p, W/p) -> patches, the hidden ones replaced (B, N, C)
+      -> encoder (B, C, H/s, W/s) -> head -> pixels (B, 3, H, W)
+Compare: mimdet.py and yolos.py begin with the encoder that is trained here; mimdet.py drops tokens
+where this file replaces them.
+"""
+
+import math
+import re
+import zlib
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.cluster.vq import kmeans2
+from scipy.interpolate import RectBivariateSpline
+from scipy.ndimage import distance_transform_edt
+from scipy.optimize import brentq
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.swin_transformer import (
+    PatchMerging,
+    PatchMergingV2,
+    ShiftedWindowAttention,
+    ShiftedWindowAttentionV2,
+    SwinTransformerBlock,
+    SwinTransformerBlockV2,
+)
+from torchvision.ops import StochasticDepth
+
+# --- 1. Config ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    encoder: str = "beit"  # the paper's ViT; "vit": mimdet.py's and yolos.py's; "swin", "swin_v2"
+    img_size: int = 224  # side of the images; tables and windows are made for it
+    patch: int = 16  # side of the encoder's patches
+    embed_dim: int = 768  # width C of the first stage
+    depths: tuple = (12,)  # blocks of each stage
+    num_heads: tuple = (12,)
+    window: int = 7  # Swin: side of the windows, no larger than a stage's map
+    drop_path: float = 0.1  # of the last block, growing linearly from 0
+    mask: str = "random"  # "random" squares, one "square", BEiT's "block"s (Sec. 3.2, Fig. 2)
+    mask_patch: int = 32  # side of the squares (Table 1)
+    mask_ratio: float = 0.6  # share that is hidden (Table 1)
+    head: str = "linear"  # "mlp2", "inverse_swin_t", "inverse_swin_b" (Table 2)
+    target: str = "pixels"  # "bins8", "bins256", "color_cluster", "tokens" (Table 5)
+    resolution: int = 1  # targets are images shrunk so many times (Table 3)
+    loss: str = "l1"  # "l2", "smooth_l1": for pixels (Table 5)
+    predict: str = "masked"  # or "all" pixels (Table 4)
+    clusters: int = 512  # of "color_cluster" and "tokens"
+    task: str = "pretrain"  # or "classify": the encoder with a linear classifier
+    freeze: bool = False  # classify: train the classifier alone (linear probe)
+    checkpoint: bool = False  # recompute blocks in the backward pass, to save memory
+
+
+# fmt: off
+SWIN = dict(encoder="swin", img_size=192, patch=4, depths=(2, 2, 18, 2), drop_path=0.0)
+CONFIGS = {  # with the parameters in pre-training
+    "nano": Config(encoder="vit", img_size=128, patch=8, embed_dim=128, depths=(4,), num_heads=(4,),
+                   mask_patch=16, drop_path=0.0),
+    "vit_base": Config(),  # 86,256,720
+    "swin_base": Config(embed_dim=128, num_heads=(4, 8, 16, 32), window=6, **SWIN),  # 89,874,104
+    "swin_large": Config(embed_dim=192, num_heads=(6, 12, 24, 48), window=12,
+                         **SWIN),  # 199,881,204
+    "swinv2_h": Config(embed_dim=352, num_heads=(11, 22, 44, 88), window=12,
+                       **SWIN | dict(encoder="swin_v2")),
+    "swinv2_g": Config(embed_dim=512, num_heads=(16, 32, 64, 128), window=12,
+                       **SWIN | dict(encoder="swin_v2", depths=(2, 2, 42, 4))),
+}
+PAPER = dict(
+    lr=4e-4, batch_size=2048, layer_decay=1.0, weight_decay=0.05, clip=5.0, epochs=800,
+    warmup=6255,  # Differs: steps of 2048 ImageNet images; the warm-up starts at 0
+    schedule=(0.875,), sizes=(224,), max_size=224, multiple=1, crop=(0.67, 1.0),
+)
+CLASSIFY = PAPER | dict(
+    lr=5e-3, layer_decay=0.65, epochs=100, warmup=12510, schedule="cosine", crop=(0.08, 1.0),
+)
+NANO = dict(
+    lr=1e-3, batch_size=16, layer_decay=1.0, weight_decay=0.05, clip=5.0, epochs=3, warmup=100,
+    schedule="cosine", sizes=(128,), max_size=128, multiple=1, crop=(0.67, 1.0),
+)
+RECIPES = {
+    "nano": NANO,
+    "nano-classify": NANO | dict(batch_size=32, crop=(0.5, 1.0), layer_decay=0.75),
+    "paper": PAPER,
+    "swin_base": PAPER | dict(sizes=(192,)),
+    "swin_large": PAPER | dict(sizes=(192,)),
+    "classify": CLASSIFY,
+    "swin_base-classify": CLASSIFY | dict(layer_decay=0.8),
+    "swin_large-classify": CLASSIFY | dict(layer_decay=0.7),
+}
+# fmt: on
+
+# --- 2. Shared blocks -----------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between (ViT, arXiv:2010.11929, Sec. 3.1)."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, Eq. 1).
+
+    x: (B, N, C); mask: bool, broadcastable to (B, h, N, N), False where a key must not be seen.
+    """
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"width {dim} cannot be shared by {num_heads} heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, mask=None):
+        B, N, C = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, N, d)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, h, N, d)
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))  # (B, N, C)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (arXiv:2010.11929, Eq. 2 and 3)."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0, eps=1e-6):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = StochasticDepth(drop_path, "row")  # arXiv:1603.09382
+
+    def forward(self, x, mask=None):
+        x = x + self.drop_path(self.attn(self.norm1(x), mask))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Image (B, 3, H, W) -> one vector for every p x p patch, (B, C, H/p, W/p)."""
+
+    def __init__(self, dim, patch=16):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch, stride=patch)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+def run_blocks(blocks, x, recompute=False):
+    """Apply the blocks in turn; recompute trades time for memory (activation checkpointing)."""
+    for block in blocks:
+        recompute_now = recompute and block.training and torch.is_grad_enabled()
+        x = checkpoint(block, x, use_reentrant=False) if recompute_now else block(x)
+    return x
+
+
+def sincos_pos_embed(dim, grid):
+    """Fixed sine-cosine table (1, 1 + grid * grid, dim), the class token's row of zeros first.
+
+    The first half of the channels encodes x (the column), the second y; each is [sin | cos].
+    """
+    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (grid, dim/4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1).float()  # (grid, dim/2)
+    x, y = axis.expand(grid, grid, -1), axis[:, None].expand(grid, grid, -1)  # (grid, grid, dim/2)
+    table = torch.cat([x, y], dim=-1).flatten(0, 1)  # (grid * grid, dim)
+    return torch.cat([torch.zeros(1, dim), table])[None]  # (1, 1 + grid * grid, dim)
+
+
+def resize_grid(table, old_hw, new_hw):
+    """Bicubic resize of a position table (1, h * w, C) from grid old_hw to new_hw."""
+    if tuple(old_hw) == tuple(new_hw):
+        return table
+    table = table.transpose(1, 2).unflatten(2, old_hw)  # (1, C, h, w)
+    table = F.interpolate(table, size=new_hw, mode="bicubic", align_corners=False)
+    return table.flatten(2).transpose(1, 2)  # (1, H * W, C)
+
+
+def trunc_normal(*shape):
+    return nn.init.trunc_normal_(torch.empty(shape), std=0.02)
+
+
+# --- 3. This paper --------------------------------------------------------------------------------
+
+
+def draw_mask(kind, cells, ratio, generator):
+    """Which cells of a grid (h, w) are hidden: (h, w) bool, ceil(ratio * h * w) of them.
+
+    "random": any cells; "square": one square at a random place, of about that many; "block": BEiT's
+    rectangles, of at least 16 cells in 14 x 14, one after another (arXiv:2106.08254, Alg. 1).
+    """
+    h, w = cells
+    wanted = math.ceil(h * w * ratio)
+    mask = torch.zeros(h, w, dtype=torch.bool)
+
+    def draw(low, high):  # a whole number, both ends included
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    if kind == "random":
+        mask.view(-1)[torch.randperm(h * w, generator=generator)[:wanted]] = True
+    elif kind == "square":
+        side = min(h, w, max(1, round(math.sqrt(wanted))))
+        y, x = draw(0, h - side), draw(0, w - side)
+        mask[y : y + side, x : x + side] = True
+    elif kind == "block":
+        least = h * w * 16 / 196
+        while (left := wanted - int(mask.sum())) > 0:
+            area, aspect = torch.rand(2, generator=generator).tolist()
+            area = least + area * (max(least, left) - least)
+            aspect = 0.3 ** (1 - 2 * aspect)
+            rows = min(h, max(1, round(math.sqrt(area * aspect))))
+            columns = min(w, max(1, round(math.sqrt(area / aspect))))
+            y, x = draw(0, h - rows), draw(0, w - columns)
+            block = mask[y : y + rows, x : x + columns]
+            fresh = (~block).nonzero()[:left]  # the last block may be too large: its first rows
+            block[fresh[:, 0], fresh[:, 1]] = True
+    else:
+        raise ValueError(f'mask must be "random", "square" or "block", not "{kind}"')
+    return mask
+
+
+def avg_dist(mask, patch):
+    """Mean distance in pixels from a hidden pixel to the nearest visible one (Sec. 4.1.2, Fig. 3).
+
+    mask: (h, w) bool of patches with a side of `patch` pixels.
+    """
+    pixels = np.asarray(mask).repeat(patch, 0).repeat(patch, 1)
+    return float(distance_transform_edt(pixels)[pixels].mean())
+
+
+def hide(tokens, mask, mask_token):
+    """Tokens (B, N, C) of which those with mask (B, h, w) are replaced by the token (1, 1, C)."""
+    return tokens if mask is None else torch.where(mask.flatten(1)[..., None], mask_token, tokens)
+
+
+class ViT(nn.Module):
+    """The ViT of mimdet.py and yolos.py: fixed sine-cosine positions, a class token."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.stride, self.width, self.recompute = c.patch, c.embed_dim, c.checkpoint
+        self.grid = c.img_size // c.patch
+        self.patch_embed = PatchEmbed(c.embed_dim, c.patch)
+        self.cls_token = nn.Parameter(trunc_normal(1, 1, c.embed_dim))
+        if c.task == "pretrain":
+            self.mask_token = nn.Parameter(trunc_normal(1, 1, c.embed_dim))
+        self.pos_embed = nn.Parameter(sincos_pos_embed(c.embed_dim, self.grid), requires_grad=False)
+        (depth,), (heads,) = c.depths, c.num_heads
+        rates = [c.drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(c.embed_dim, heads, 4.0, rate) for rate in rates)
+        self.norm = nn.LayerNorm(c.embed_dim, eps=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x, mask=None):
+        """Normalised images (B, 3, H, W), mask (B, H/p, W/p) bool -> (B, C, H/p, W/p)."""
+        x = self.patch_embed(x)  # (B, C, H/p, W/p)
+        grid = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)  # (B, N, C)
+        x = hide(x, mask, getattr(self, "mask_token", None))
+        first, table = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        x = x + resize_grid(table, (self.grid, self.grid), grid)
+        x = torch.cat([(self.cls_token + first).expand(len(x), -1, -1), x], dim=1)
+        x = self.norm(run_blocks(self.blocks, x, self.recompute))  # (B, 1 + N, C)
+        return x[:, 1:].transpose(1, 2).unflatten(2, grid)
+
+
+class RelativePositionBias(nn.Module):
+    """What is added to the attention of each pair of patches, or class token, of a grid (BEiT)."""
+
+    def __init__(self, grid, num_heads):
+        super().__init__()
+        rows = (2 * grid - 1) ** 2
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows + 3, num_heads))
+        y, x = torch.arange(grid * grid) // grid, torch.arange(grid * grid) % grid
+        index = (y[:, None] - y + grid - 1) * (2 * grid - 1) + x[:, None] - x + grid - 1
+        index = F.pad(index, (1, 0, 1, 0), value=rows)  # from the class token
+        index[1:, 0], index[0, 0] = rows + 1, rows + 2  # to it; to itself
+        self.register_buffer("relative_position_index", index, persistent=False)
+
+    def forward(self):
+        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+
+
+class BEiTAttention(nn.Module):
+    """Attention with a bias for each pair of places, and none for the keys."""
+
+    def __init__(self, dim, num_heads, grid=None):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
+        self.proj = nn.Linear(dim, dim)
+        self.bias = RelativePositionBias(grid, num_heads) if grid else None
+
+    def forward(self, x, bias):
+        B, N, C = x.shape
+        bias = self.bias() if self.bias else bias  # (h, N, N)
+        qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, qkv_bias).reshape(B, N, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, N, d)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))  # (B, h, N, d)
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))  # (B, N, C)
+
+
+class BEiTBlock(nn.Module):
+    """Pre-norm block whose residuals are scaled by learned vectors, at first 0.1 (BEiT)."""
+
+    def __init__(self, dim, num_heads, drop_path, grid):
+        super().__init__()
+        self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((dim,), 0.1)) for _ in range(2))
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = BEiTAttention(dim, num_heads, grid)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def forward(self, x, bias):
+        x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x), bias))
+        return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
+
+
+class BEiT(nn.Module):
+    """The paper's ViT: relative positions alone, in one table while pre-training (Sec. 4.2).
+
+    For classification each block has a table, and the norm comes after the mean over patches.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.stride, self.width, self.recompute = c.patch, c.embed_dim, c.checkpoint
+        self.grid, pretrains = c.img_size // c.patch, c.task == "pretrain"
+        self.patch_embed = PatchEmbed(c.embed_dim, c.patch)
+        self.cls_token = nn.Parameter(trunc_normal(1, 1, c.embed_dim))
+        (depth,), (heads,) = c.depths, c.num_heads
+        if pretrains:
+            self.mask_token = nn.Parameter(trunc_normal(1, 1, c.embed_dim))
+            self.rel_pos_bias = RelativePositionBias(self.grid, heads)
+            self.norm = nn.LayerNorm(c.embed_dim, eps=1e-6)
+        rates, grid = [c.drop_path * i / max(1, depth - 1) for i in range(depth)], self.grid
+        self.blocks = nn.ModuleList(
+            BEiTBlock(c.embed_dim, heads, rate, None if pretrains else grid) for rate in rates
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for i, block in enumerate(self.blocks, start=1):
+            for layer in (block.attn.proj, block.mlp.fc2):
+                layer.weight.data /= math.sqrt(2 * i)
+
+    def forward(self, x, mask=None):
+        """As ViT's; without its last norm when it classifies."""
+        x = self.patch_embed(x)  # (B, C, H/p, W/p)
+        if x.shape[2:] != (self.grid, self.grid):
+            side = self.grid * self.stride
+            raise ValueError(f"this encoder's tables are made for images of {side} x {side} pixels")
+        x = x.flatten(2).transpose(1, 2)  # (B, N, C)
+        x = hide(x, mask, getattr(self, "mask_token", None))
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        pretrains = hasattr(self, "norm")
+        bias = self.rel_pos_bias() if pretrains else None  # (h, 1 + N, 1 + N)
+        x = run_blocks([partial(block, bias=bias) for block in self.blocks], x)
+        x = (self.norm(x) if pretrains else x)[:, 1:]
+        return x.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+
+
+class SwinEmbed(nn.Module):
+    """4x4 patches and a LayerNorm, channels last: (B, H/4, W/4, C)."""
+
+    def __init__(self, dim, patch):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch, stride=patch)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x):
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class Swin(nn.Module):
+    """Swin transformer, v1 or v2, of torchvision's blocks (arXiv:2103.14030, 2111.09883).
+
+    A window is no larger than its stage's map, which then needs no shift (released code).
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.stride = c.patch * 2 ** (len(c.depths) - 1)
+        self.width, self.recompute = c.embed_dim * 2 ** (len(c.depths) - 1), c.checkpoint
+        v2 = c.encoder == "swin_v2"
+        merging = PatchMergingV2 if v2 else PatchMerging
+        self.patch_embed = SwinEmbed(c.embed_dim, c.patch)
+        if c.task == "pretrain":
+            self.mask_token = nn.Parameter(trunc_normal(1, 1, c.embed_dim))
+        self.layers, index, total = nn.ModuleList(), 0, max(1, sum(c.depths) - 1)
+        for s, (depth, heads) in enumerate(zip(c.depths, c.num_heads, strict=True)):
+            dim, side = c.embed_dim * 2**s, c.img_size // (c.patch * 2**s)
+            rates = [c.drop_path * (index + j) / total for j in range(depth)]
+            index += depth
+            stage = swin_stage(dim, heads, min(c.window, side), side > c.window, rates, v2)
+            self.layers.append(nn.ModuleDict({"blocks": stage}))
+            if s < len(c.depths) - 1:
+                self.layers[s]["downsample"] = merging(dim)
+        self.norm = nn.LayerNorm(self.width)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x, mask=None):
+        """As ViT's, at a quarter of the patches a stage: (B, 8 * C, H/32, W/32)."""
+        x = self.patch_embed(x)  # (B, H/4, W/4, C)
+        grid = x.shape[1:3]
+        x = hide(x.flatten(1, 2), mask, getattr(self, "mask_token", None)).unflatten(1, grid)
+        for layer in self.layers:
+            x = run_blocks(layer["blocks"], x, self.recompute)
+            x = layer["downsample"](x) if "downsample" in layer else x
+        return self.norm(x).permute(0, 3, 1, 2)  # (B, 8 * C, H/32, W/32)
+
+
+def swin_stage(dim, num_heads, window, shifts, rates, v2=False):
+    """Blocks of a stage, every second one with shifted windows."""
+    block = SwinTransformerBlockV2 if v2 else SwinTransformerBlock
+    attention = ShiftedWindowAttentionV2 if v2 else ShiftedWindowAttention
+    return nn.ModuleList(
+        block(
+            dim,
+            num_heads,
+            [window, window],
+            [window // 2 * (j % 2) * shifts] * 2,
+            stochastic_depth_prob=rate,
+            norm_layer=nn.LayerNorm,
+            attn_layer=attention,
+        )
+        for j, rate in enumerate(rates)
+    )
+
+
+ENCODERS = {"vit": ViT, "beit": BEiT, "swin": Swin, "swin_v2": Swin}
+
+# --- 4. Boxes -------------------------------------------------------------------------------------
+# None: pixels alone.
+
+# --- 5. Heads and losses --------------------------------------------------------------------------
+
+
+class InverseSwin(nn.Module):
+    """Swin's stages backwards, from stride 32 up to 4: a decoder that is too good (Table 2)."""
+
+    def __init__(self, width, stride, dim, depths, out, up):
+        super().__init__()
+        steps = int(math.log2(stride // 4))  # doublings
+        dims = [dim * 2**s for s in range(steps, -1, -1)]
+        self.proj = nn.Conv2d(width, dims[0], 1)
+        self.stages = nn.ModuleList(
+            swin_stage(d, d // 32, 6, True, [0.0] * depth)
+            for d, depth in zip(dims, depths[::-1][: steps + 1], strict=True)
+        )
+        self.expand = nn.ModuleList(nn.Linear(d, 2 * d, bias=False) for d in dims[:-1])
+        self.norm = nn.LayerNorm(dim)
+        self.out = pixel_layers(dim, out, up * 4 // stride)
+
+    def forward(self, x):
+        x = self.proj(x).permute(0, 2, 3, 1)  # (B, H/s, W/s, C)
+        for i, stage in enumerate(self.stages):
+            x = run_blocks(stage, x)
+            if i < len(self.expand):
+                x = F.pixel_shuffle(self.expand[i](x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+        return self.out(self.norm(x).permute(0, 3, 1, 2))
+
+
+def pixel_layers(width, out, up):
+    """A linear layer that makes up * up places of each place: (B, width, h, w) -> (B, out, ...)."""
+    return nn.Sequential(nn.Conv2d(width, out * up * up, 1), nn.PixelShuffle(up))
+
+
+def make_head(kind, width, stride, out, resolution):
+    """The prediction head: maps (B, width, H/s, W/s) -> (B, out, H/r, W/r)."""
+    up = stride // resolution
+    if up < 1 or stride % resolution:
+        raise ValueError(f"resolution must divide the encoder's stride {stride}")
+    if kind == "linear":
+        return pixel_layers(width, out, up)
+    if kind == "mlp2":
+        hidden = [nn.Conv2d(width, width, 1), nn.GELU()]
+        return nn.Sequential(*hidden, *pixel_layers(width, out, up))
+    if kind in ("inverse_swin_t", "inverse_swin_b") and resolution <= 4 <= stride:
+        dim, depths = {"t": (96, (2, 2, 6, 2)), "b": (128, (2, 2, 18, 2))}[kind[-1]]
+        return InverseSwin(width, stride, dim, depths, out, up)
+    raise ValueError(
+        'head must be "linear", "mlp2", or, up to a resolution of 4, "inverse_swin_t/b"'
+    )
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
+
+
+class Target(nn.Module):
+    """What a masked place should be answered with, and how far an answer is from it (Table 5).
+
+    `out` numbers are predicted for each place of images shrunk `resolution` times. "tokens" stand
+    for BEiT's: the nearest of `clusters` patches found by k-means, where BEiT has a trained dVAE.
+    """
+
+    def __init__(self, c, stride):
+        super().__init__()
+        self.kind, self.loss = c.target, c.loss
+        if c.loss not in PIXEL_LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(PIXEL_LOSSES)}, not {c.loss}")
+        self.resolution = stride if c.target == "tokens" else c.resolution
+        self.side = stride if c.target == "tokens" else 1  # of what a code stands for
+        sizes = {"pixels": 3, "bins8": 3 * 8, "bins256": 3 * 256}
+        self.out = sizes.get(c.target, c.clusters)
+        if c.target in ("color_cluster", "tokens"):
+            self.register_buffer("codes", torch.zeros(c.clusters, 3 * self.side**2))
+        elif c.target not in sizes:
+            raise ValueError(f"target must be one of {', '.join(sizes)}, color_cluster, tokens")
+
+    def shrink(self, x):
+        return F.avg_pool2d(x, self.resolution) if self.side == 1 else x
+
+    def pieces(self, x):
+        """Pixels or patches, as rows (B, h * w, 3 * side * side)."""
+        return F.unfold(self.shrink(x), self.side, stride=self.side).transpose(1, 2)
+
+    def fit(self, images, seed=0):
+        """Find the codes by k-means over pictures (n, 3, H, W), normalised."""
+        if hasattr(self, "codes"):
+            rows = self.pieces(images).flatten(0, 1)
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+            rows = rows[order[: 64 * len(self.codes)]].double().numpy()
+            found, _ = kmeans2(rows, len(self.codes), minit="++", seed=seed)
+            self.codes.copy_(torch.from_numpy(found))
+
+    def error(self, found, x):
+        """Error (B, h, w) of predictions (B, out, h, w) for normalised images (B, 3, H, W)."""
+        if self.kind == "pixels":
+            loss = PIXEL_LOSSES[self.loss]
+            return loss(found, self.shrink(x), reduction="none").mean(dim=1)
+        if hasattr(self, "codes"):
+            wanted = torch.cdist(self.pieces(x), self.codes[None]).argmin(dim=2)  # (B, h * w)
+            return F.cross_entropy(found, wanted.unflatten(1, found.shape[2:]), reduction="none")
+        bins = self.out // 3
+        mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
+        wanted = ((self.shrink(x) * std + mean) * bins).long().clamp(0, bins - 1)  # (B, 3, h, w)
+        found = found.unflatten(1, (bins, 3))  # (B, bins, 3, h, w)
+        return F.cross_entropy(found, wanted, reduction="none").mean(dim=1)
+
+    def picture(self, found):
+        """Predictions (B, out, h, w) as normalised images (B, 3, H, W)."""
+        if self.kind == "pixels":
+            x = found
+        elif hasattr(self, "codes"):
+            rows = self.codes[found.argmax(dim=1)].flatten(1, 2).transpose(1, 2)  # (B, 3 s s, n)
+            size = [self.side * n for n in found.shape[2:]]
+            x = F.fold(rows, size, self.side, stride=self.side)  # (B, 3, H, W)
+        else:
+            bins = self.out // 3
+            share = (found.unflatten(1, (bins, 3)).argmax(dim=1) + 0.5) / bins  # (B, 3, h, w)
+            mean, std = (share.new_tensor(v)[:, None, None] for v in (MEAN, STD))
+            x = (share - mean) / std
+        return x if self.side > 1 else F.interpolate(x, scale_factor=float(self.resolution))
+
+
+# --- 6. Model -------------------------------------------------------------------------------------
+
+
+class SimMIM(nn.Module):
+    """Encoder and a light head that predicts what is hidden (Fig. 1); or encoder and classifier."""
+
+    def __init__(self, config, num_classes):
+        super().__init__()
+        c = self.config = config
+        if c.encoder not in ENCODERS or c.task not in ("pretrain", "classify"):
+            raise ValueError(f"encoder: {', '.join(ENCODERS)}; task: pretrain, classify")
+        if c.img_size % c.mask_patch or c.mask_patch % c.patch:
+            raise ValueError("mask_patch must divide img_size, and patch mask_patch")
+        self.encoder = ENCODERS[c.encoder](c)
+        if c.task == "classify":
+            after = c.encoder == "beit"  # its norm comes after the mean over patches
+            self.fc_norm = nn.LayerNorm(self.encoder.width, eps=1e-6) if after else nn.Identity()
+            self.head = nn.Linear(self.encoder.width, num_classes)
+            nn.init.zeros_(self.head.bias)
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            self.encoder.requires_grad_(not c.freeze)
+        else:
+            self.target = Target(c, self.encoder.stride)
+            resolution = self.target.resolution
+            self.decoder = make_head(
+                c.head, self.encoder.width, self.encoder.stride, self.target.out, resolution
+            )
+
+    def forward(self, images, targets=None, sizes=None, mask=None):
+        """Loss if there are targets, else answers.
+
+        images: list of (3, h, w) floats in [0, 1], all of one size that mask_patch divides.
+        targets: list of dicts, of which "classify" reads labels (1,). mask: (B, H/p, W/p) bool, in
+        training drawn at random by default, else from the pictures themselves. Returns
+        dict(loss_name=scalar), or a list of dict(reconstruction (3, h, w) with the visible patches
+        pasted back, masked (3, h, w), mask (h, w) bool, l1: mean error of the hidden pixels in
+        units of the normalised image, baseline: the same for the mean visible colour); of
+        dict(logits (K,)) for "classify". sizes is not used.
+        """
+        x = torch.stack(images)
+        mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
+        x = (x - mean) / std  # (B, 3, H, W)
+        if self.config.task == "classify":
+            logits = self.head(self.fc_norm(self.encoder(x).mean(dim=(2, 3)))).float()  # (B, K)
+            if targets is None:
+                return [dict(logits=row) for row in logits]
+            labels = torch.cat([t["labels"] for t in targets])  # (B,)
+            return {"loss_cls": F.cross_entropy(logits, labels)}
+        if mask is None:
+            mask = self.draw_masks(images, targets is None).to(x.device)  # (B, H/p, W/p)
+        found = self.decoder(self.encoder(x, mask)).float()  # (B, out, H/r, W/r)
+        if targets is not None:
+            return {"loss_pixels": self.masked_loss(found, x, mask)}
+        return self.answers(found, x, mask)
+
+    def draw_masks(self, images, fixed):
+        """Masks (B, H/p, W/p); fixed: each decided by its picture, whatever its company."""
+        c, masks = self.config, []
+        scale = c.mask_patch // c.patch
+        for image in images:
+            generator = None
+            if fixed:
+                content = (image * 255).byte().cpu().numpy().tobytes()
+                generator = torch.Generator().manual_seed(zlib.crc32(content))
+            cells = [side // c.mask_patch for side in image.shape[1:]]
+            mask = draw_mask(c.mask, cells, c.mask_ratio, generator)
+            masks.append(mask.repeat_interleave(scale, 0).repeat_interleave(scale, 1))
+        return torch.stack(masks)
+
+    def masked_loss(self, found, x, mask):
+        """Mean error of the hidden places, of the whole batch together (Sec. 3.4)."""
+        error = self.target.error(found, x)  # (B, h, w)
+        if self.config.predict == "all":
+            return error.mean()
+        weight = F.interpolate(mask[:, None].float(), size=error.shape[1:])[:, 0]  # (B, h, w)
+        return (error * weight).sum() / (weight.sum() + 1e-5)
+
+    def answers(self, found, x, mask):
+        hidden = F.interpolate(mask[:, None].float(), size=x.shape[2:]).bool()  # (B, 1, H, W)
+        guess = self.target.picture(found)  # (B, 3, H, W)
+        visible = (x * ~hidden).sum(dim=(2, 3)) / (~hidden).sum(dim=(2, 3)).clamp(min=1)  # (B, 3)
+        share = hidden.sum(dim=(1, 2, 3)).clamp(min=1) * 3
+        errors = [
+            ((x - other).abs() * hidden).sum(dim=(1, 2, 3)) / share
+            for other in (guess, visible[:, :, None, None])
+        ]
+        mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
+        pictures = [
+            torch.where(hidden, other, x) * std + mean for other in (guess, x.new_zeros(()))
+        ]
+        parts = zip(*pictures, hidden[:, 0], *errors, strict=True)
+        names = ("reconstruction", "masked", "mask", "l1", "baseline")
+        return [dict(zip(names, part, strict=True)) for part in parts]
+
+    @torch.no_grad()
+    def prepare(self, images):
+        """Look at some pictures, a list of (3, H, W) in [0, 1], before training: find the codes."""
+        x = torch.stack(images)
+        mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
+        self.target.fit((x - mean) / std)
+
+    def dense(self, images):
+        """Every layer once: what --summary counts."""
+        x = self.encoder(torch.stack(images))  # (B, C, H/s, W/s)
+        return self.head(x.mean(dim=(2, 3))) if self.config.task == "classify" else self.decoder(x)
+
+
+def param_groups(model, recipe):
+    """AdamW's groups, `lr_scale` a factor on the learning rate (released code's layer decay).
+
+    Each block learns at layer_decay times the rate of the next, the head at 1. No weight decay for
+    1-D parameters, and the class token.
+    """
+    groups, depth = {}, sum(model.config.depths)
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        layer = depth + 1
+        if found := re.match(r"encoder\.(?:layers\.(\d)\.)?(?:blocks\.(\d+)|downsample)", name):
+            before = sum(model.config.depths[: int(found[1] or 0)])
+            last = model.config.depths[int(found[1] or 0)] - 1
+            layer = 1 + before + int(found[2] or last)
+        elif name.startswith("encoder.") and not name.startswith("encoder.norm"):
+            layer = 0
+        scale = recipe["layer_decay"] ** (depth + 1 - layer)
+        decays = p.ndim > 1 and not name.endswith(("cls_token", "mask_token"))
+        groups.setdefault((scale, decays), []).append(p)
+    return [
+        dict(params=params, lr_scale=scale, weight_decay=recipe["weight_decay"] * decays)
+        for (scale, decays), params in groups.items()
+    ]
+
+
+def resize_bias_table(table, rows):
+    """Relative table (a * a [+ 3], h) -> (rows, h) by BEiT's scheme: near places keep their detail.
+
+    Steps between the old places grow geometrically outwards, so that they span the new, and a
+    bicubic spline is read at whole numbers. The class token's three rows are kept.
+    """
+    extra = 3 if math.isqrt(len(table)) ** 2 != len(table) else 0
+    old, new = math.isqrt(len(table) - extra), math.isqrt(rows - extra)
+    if old == new:
+        return table
+    half, reach = old // 2, new // 2
+    span = lambda q: sum(q**i for i in range(half)) - reach  # noqa: E731
+    q = brentq(span, 0.5, 1.5)
+    steps = np.cumsum([q**i for i in range(half)])
+    places, wanted = np.r_[-steps[::-1], 0, steps], np.arange(-reach, reach + 1)
+    grids = table[: old * old].double().T.reshape(-1, old, old).numpy()
+    grids = [RectBivariateSpline(places, places, z)(wanted, wanted) for z in grids]
+    resized = torch.from_numpy(np.stack(grids)).flatten(1).T.to(table)
+    return torch.cat([resized, table[old * old :]])
+
+
+RENAMES = [
+    (r"^(patch_embed|blocks|layers|cls_token|norm)", r"encoder.\1"),
+    (r"(layers\.\d\.blocks\.\d+\.mlp)\.fc1", r"\1.0"),
+    (r"(layers\.\d\.blocks\.\d+\.mlp)\.fc2", r"\1.3"),
+    (r"(?<!\.layers\.\d)(\.blocks\.\d+\.attn)\.relative", r"\1.bias.relative"),
+]
+
+
+def from_official(state_dict, config=CONFIGS["vit_base"]):
+    """Checkpoint of the authors, or of this file, in the names of a model of this config.
+
+    Reads pre-training and fine-tuning files, ViT and Swin. To fine-tune what was pre-trained, the
+    head for pixels is left out, the shared table copied into every block, and tables are resized to
+    the config's windows (released code's remapping).
+    """
+    state, classify = {}, config.task == "classify"
+    for key, value in state_dict.get("model", state_dict).items():
+        for pattern, name in RENAMES:
+            key = re.sub(pattern, name, key)
+        if not key.endswith(("relative_position_index", "attn_mask")):
+            state[key] = value
+    if not classify:
+        return state
+    shared = state.pop("encoder.rel_pos_bias.relative_position_bias_table", None)
+    if shared is not None:
+        name = "encoder.blocks.{}.attn.bias.relative_position_bias_table"
+        state |= {name.format(i): shared for i in range(config.depths[0])}
+    no_place = ["decoder.", "target.", "encoder.mask_token"]
+    no_place += ["encoder.norm."] if config.encoder == "beit" else []
+    state = {k: v for k, v in state.items() if not k.startswith(tuple(no_place))}
+    with torch.device("meta"):
+        wanted = SimMIM(config, 1).state_dict()
+    for key in state:
+        if key.endswith("relative_position_bias_table") and key in wanted:
+            state[key] = resize_bias_table(state[key], len(wanted[key]))
+    return state
+
+
+def build(config, num_classes):
+    """Model with random weights; config: a Config or a name in CONFIGS."""
+    return SimMIM(CONFIGS[config] if isinstance(config, str) else config, num_classes)
+
+
+# --- 7. Try it ------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    model, image = build("nano", num_classes=6).eval(), torch.rand(3, 128, 128)
+    print(f"SimMIM nano: {sum(p.numel() for p in model.parameters()):,} parameters")
+    with torch.no_grad():
+        mask = model.draw_masks([image], fixed=True)
+        tokens = model.encoder(image[None], mask)
+        print(f"image {tuple(image.shape)}, {int(mask.sum())} of {mask.numel()} patches hidden")
+        print(f"-> encoder {tuple(tokens.shape)} -> head {tuple(model.decoder(tokens).shape)}")
+        print(f"hidden pixels lie {avg_dist(mask[0], model.config.patch):.1f} px from visible ones")
+        answer = model([image])[0]
+    print("answer:", {key: tuple(value.shape) for key, value in answer.items()})
