@@ -216,7 +216,7 @@ class SemanticMaps(CocoDataset):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if not self.has_masks:
+        if not self.has_masks and self.truth.dataset["annotations"]:
             raise DataError(f"{self.file}: no masks to segment by; take a detector or a classifier")
 
     def read(self, index):
@@ -236,7 +236,50 @@ class SemanticMaps(CocoDataset):
         return canvas
 
 
-DATASETS = {kind.task: kind for kind in (CocoDataset, ObjectCrops, SemanticMaps)}
+class Pictures(CocoDataset):
+    """For pre-training: pictures alone, from a folder in COCO format or any folder of images.
+
+    Without annotations every tenth file, in order of its name, is kept for evaluation.
+    """
+
+    task = "pretrain"
+
+    def __init__(self, root, split, transform=None, limit=None, classes=None):
+        try:
+            find_split(root, split)
+        except DataError:
+            self.folder, self.transform = Path(root), transform
+            files = sorted(f for f in self.folder.rglob("*") if f.suffix.lower() in SUFFIXES)
+            files = [f for i, f in enumerate(files) if (i % 10 == 9) == (split == "val")][:limit]
+            if not files:
+                raise DataError(f"{root}: neither annotations nor images to {split} on") from None
+            sizes = [image_size(file) for file in files]
+            self.images = [
+                {"id": i, "file_name": str(f.relative_to(root)), "width": w, "height": h}
+                for i, (f, (w, h)) in enumerate(zip(files, sizes, strict=True))
+            ]
+            self.classes, self.has_masks = classes or [{"id": 0, "name": "picture"}], False
+            self.notes = [f"{len(files)} images of {root}"]
+        else:
+            super().__init__(root, split, transform, limit, classes)
+            self.notes = [f"{len(self.images)} images"]
+
+    def read(self, index):
+        info = self.images[index]
+        path, size = self.folder / info["file_name"], (info["height"], info["width"])
+        return tv_tensors.Image(read_image(path, size)), {}
+
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+def image_size(path):
+    """Width and height of an image file, as read_image gives it."""
+    height, width = read_image(path).shape[1:]
+    return width, height
+
+
+DATASETS = {kind.task: kind for kind in (CocoDataset, ObjectCrops, SemanticMaps, Pictures)}
 
 
 def finish(image, target):
@@ -275,10 +318,11 @@ class Transform:
     """A recipe's resizing and, in training, random flip and crop; masks and boxes follow.
 
     recipe: sizes (short sides in pixels; one is drawn in training, the last serves evaluation;
-    empty: the image's own), max_size (of the long side at the largest short side), multiple (of
+    empty: the image's own), max_size (of the long side at the largest short side; in evaluation,
+    and in training a segmenter, less for a smaller one), multiple (of
     which both sides are), crop (empty: none). For task "detect" crop is the smallest and largest
-    side, of every second image; for "segment" one largest side, of every image; for "classify" the
-    smallest and largest share of the area, and images are resized to squares.
+    side, of every second image; for "segment" one largest side, of every image; for "classify" and
+    "pretrain" the smallest and largest share of the area, and images are resized to squares.
     """
 
     def __init__(self, recipe, train, task="detect"):
@@ -288,18 +332,24 @@ class Transform:
         r, train = self.recipe, self.train
         if train:
             image, target = v2.RandomHorizontalFlip(0.5)(image, target)
-        if self.task == "classify":
-            side, bicubic = [r["sizes"][-1]] * 2, v2.InterpolationMode.BICUBIC
+        if self.task in ("classify", "pretrain"):
+            if not r["sizes"] or len(r["crop"]) not in (0, 2):
+                raise DataError("--set: give sizes=128, and crop=0.5,1.0 or crop=")
+            side = [r["sizes"][-1]] * 2
+            how = "bicubic" if self.task == "classify" else "bilinear"
+            how = v2.InterpolationMode(how)
             if train and r["crop"]:
-                return v2.RandomResizedCrop(side, r["crop"], interpolation=bicubic)(image, target)
-            return v2.Resize(side, bicubic)(image, target)
+                return v2.RandomResizedCrop(side, r["crop"], interpolation=how)(image, target)
+            return v2.Resize(side, how)(image, target)
         if train and len(r["crop"]) == 2 and torch.rand(()) < 0.5:
             image, target = self.resize(image, target, choice((400, 500, 600)))
             image, target = self.crop(image, target, *r["crop"])
         sizes = r["sizes"] or [min(image.shape[-2:])]
-        short, longest = sizes[-1], r["max_size"] * sizes[-1] // max(sizes)
+        short, longest = sizes[-1], r["max_size"]
         if train:
-            short, longest = choice(sizes), r["max_size"]
+            short = choice(sizes)
+        if not train or self.task == "segment":
+            longest = longest * short // max(sizes)
         image, target = self.resize(image, target, short, longest, r.get("multiple", 1))
         if train and len(r["crop"]) == 1:
             image, target = self.crop(image, target, *r["crop"], *r["crop"])
@@ -383,7 +433,7 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 def to_results(dataset, target, output):
     """One image's answer as json: detections in COCO's result format (category ids, xywh boxes, RLE
     masks); of a classifier the category found and the true one; of a segmenter how many pixels of
-    each class it called what, [truth, found, pixels].
+    each class it called what, [truth, found, pixels]; of a reconstruction its errors.
     """
     from pycocotools import mask as mask_api
 
@@ -392,11 +442,14 @@ def to_results(dataset, target, output):
         score, label = output["logits"].softmax(dim=0).max(dim=0)
         ids = [dataset.classes[int(x)]["id"] for x in (label, target["labels"])]
         return [about | dict(category_id=ids[0], score=score.item(), true_id=ids[1])]
+    if "reconstruction" in output:
+        return [about | {name: output[name].item() for name in ("l1", "baseline")}]
     if "semantic" in output:
         truth, found = dataset.paint(target["image_id"]), output["semantic"].cpu()
-        pairs = torch.stack([truth, found])[:, truth >= 0]  # (2, pixels)
-        pairs, pixels = pairs.unique(dim=1, return_counts=True)
-        return [about | dict(pixels=torch.cat([pairs, pixels[None]]).T.tolist())]
+        n = len(dataset.classes) + 1
+        counts = torch.bincount((truth * n + found)[truth >= 0], minlength=n * n)
+        pairs = [[i // n, i % n, int(counts[i])] for i in counts.nonzero()[:, 0].tolist()]
+        return [about | dict(pixels=pairs)]
     boxes = box_convert(output["boxes"].float(), "xyxy", "xywh").tolist()
     scores, labels = output["scores"].tolist(), output["labels"].tolist()
     ids = [dataset.classes[label]["id"] for label in labels]
@@ -431,7 +484,11 @@ def evaluate(dataset, results):
     Detectors: COCO average precision, METRICS of boxes and "mask_"... of masks; zero without
     detections, -1, shown as n/a, where the data has nothing to find. Classifiers: top1. Segmenters:
     mIoU over the classes, background too, that are there or were found; and pixel accuracy.
+    Pre-training: the share of the baseline's error that is gone, and both errors.
     """
+    if dataset.task == "pretrain":
+        l1, baseline = (sum(r[name] for r in results) / len(results) for name in ("l1", "baseline"))
+        return {"explained": 1 - l1 / baseline, "masked_L1": l1, "baseline_L1": baseline}
     if dataset.task == "classify":
         right = [r["category_id"] == r["true_id"] for r in results]
         return {"top1": sum(right) / len(right)}
@@ -491,6 +548,8 @@ def draw(image, found, classes, threshold=0.5):
     if "logits" in found:
         score, label = found["logits"].softmax(dim=0).max(dim=0)
         found, threshold = {"labels": label[None], "scores": score[None]}, 0
+    if not found:
+        return canvas
     if "boxes" not in found:  # the whole image is the object
         h, w = image.shape[1:]
         found = found | {"boxes": torch.tensor([[0, 0, w - 1, h - 1]])}
@@ -515,6 +574,9 @@ def describe(found, classes):
     if "logits" in found:
         score, label = found["logits"].softmax(dim=0).max(dim=0)
         return f"{classes[label]['name']} {score:.2f}"
+    if "reconstruction" in found:
+        l1, baseline = found["l1"], found["baseline"]
+        return f"L1 {l1:.3f} where hidden, {baseline:.3f} for the mean visible colour"
     if "semantic" in found:
         shares = torch.bincount(found["semantic"].flatten(), minlength=len(classes) + 1)
         names = [*(c["name"] for c in classes), "background"]

@@ -55,6 +55,7 @@ class Config:
     # The departures of nano, which learns from scratch in minutes; off in the paper's variants.
     group_norm: bool = False  # RetinaNet: GroupNorm in pyramid and towers
     anchors: bool = False  # DETR: queries stand on points of a grid: see anchor_points
+    patch_loss: float = 0.0  # DETR: weight of the same losses on what the encoder makes of patches
 
     @property
     def task(self):
@@ -71,13 +72,13 @@ CONFIGS = {  # with the parameters as RetinaNet for 80 classes, and as classifie
     # published heads far longer than minutes.
     "nano": Config(embed_dims=(32, 64, 96, 128), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4),
                    mlp_ratios=(4, 4, 4, 4), drop_path=0.0, pos_size=128, head_dim=64, head_depth=2,
-                   queries=25, group_norm=True, anchors=True),
-    # As classifiers medium and large have drop_path 0.3, as segmenters 0.1.
+                   queries=25, group_norm=True, anchors=True, patch_loss=1.0),
+    # As classifiers medium and large have drop_path 0.3 and clip 1.0, as segmenters 0.1.
     "tiny": Config(),  # 22,964,724; 13,229,288
     "small": Config(depths=(3, 4, 6, 3)),  # 34,221,300; 24,485,864
     "medium": Config(depths=(3, 4, 18, 3), drop_path=0.0),  # 53,943,540; 44,208,104
     "large": Config(depths=(3, 8, 27, 3), drop_path=0.0),  # 71,104,756; 61,369,320
-    # As classifiers b3, b4 and b5 have drop_path 0.3.
+    # As classifiers b3, b4 and b5 have drop_path 0.3 and clip 1.0.
     "v2_b0": Config(embed_dims=(32, 64, 160, 256), **V2),  # classifier: 3,666,760
     "v2_b1": Config(**V2),  # 14,009,000
     "v2_b2": Config(depths=(3, 4, 6, 3), **V2),  # 25,362,856
@@ -90,7 +91,7 @@ PAPER = dict(
     lr=1e-4, batch_size=16, backbone_lr=1.0, weight_decay=1e-4, clip=0.0, epochs=12, warmup=500,
     schedule=(8 / 12, 11 / 12), sizes=(800,), max_size=1333, multiple=1, crop=(),
 )
-SEGMENTER = PAPER | dict(
+SEGMENTER = PAPER | dict(  # Differs: no colour jitter; a crop may be of one class alone
     lr=2e-4, batch_size=32, epochs=63, warmup=0, schedule="poly",  # 40,000 steps on ADE20K
     sizes=(*range(256, 1025, 32), 512), max_size=4096, crop=(512,),
 )
@@ -101,15 +102,12 @@ NANO = dict(
 RECIPES = {  # "nano" is RetinaNet's; nano images keep their own size (sizes=())
     "nano": NANO,
     "nano-classifier": NANO | dict(batch_size=32, sizes=(64,), crop=(0.5, 1.0)),
-    "nano-detr": NANO,
-    "nano-semantic": NANO,
-    "nano-trans2seg": NANO,
     "paper": PAPER,
     "detr": PAPER | dict(backbone_lr=0.1, clip=0.1, epochs=50, warmup=0, schedule=(33 / 50,),
                          sizes=tuple(range(640, 801, 32))),
     "semantic": SEGMENTER,
     "trans2seg": SEGMENTER,
-    # Differs: no mixup, cutmix, RandAugment, random erasing and repeated augmentation.
+    # Differs: no mixup, cutmix, RandAugment, random erasing and repeated augmentation; falls to 0.
     "classifier": PAPER | dict(lr=1e-3, batch_size=1024, weight_decay=0.05, epochs=300, warmup=6255,
                                schedule="cosine", sizes=(224,), crop=(0.08, 1.0)),
 }
@@ -209,7 +207,7 @@ class StageEmbed(nn.Module):
 
 
 class OverlapStageEmbed(StageEmbed):
-    """The same with windows that overlap by about half (PVT v2, Sec. 3.2)."""
+    """The same with windows that overlap by about half (PVT v2: overlapping patch embedding)."""
 
     def __init__(self, dim_in, dim, patch):
         super().__init__(dim_in, dim, patch)
@@ -251,7 +249,7 @@ class SpatialReductionAttention(nn.Module):
 
 
 class LinearSpatialReductionAttention(SpatialReductionAttention):
-    """Attention to 7 x 7 averages of the map, however large it is (PVT v2, Sec. 3.1)."""
+    """Attention to 7 x 7 averages of the map, however large it is (PVT v2: linear SRA)."""
 
     def __init__(self, dim, num_heads):
         super().__init__(dim, num_heads, 1)
@@ -264,7 +262,7 @@ class LinearSpatialReductionAttention(SpatialReductionAttention):
 
 
 class DepthwiseMlp(Mlp):
-    """Mlp with a depth-wise 3x3 convolution, which also tells positions (PVT v2, Sec. 3.3)."""
+    """Mlp with a depth-wise 3x3 convolution, which also tells positions (PVT v2)."""
 
     def __init__(self, dim, hidden, relu):
         super().__init__(dim, hidden)
@@ -305,12 +303,8 @@ class PyramidVisionTransformer(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config = c
-        stages = (c.embed_dims, c.depths, c.num_heads, c.mlp_ratios, c.sr_ratios)
-        if c.design not in ("v1", "v2", "v2_li") or {len(values) for values in stages} != {4}:
-            raise ValueError("give four values a stage, and a design of v1, v2 or v2_li")
+        stages = check_stages(c)
         v1, self.has_token = c.design == "v1", c.design == "v1" and c.head == "classifier"
-        if self.has_token and c.sr_ratios[3] != 1:
-            raise ValueError("the class token needs sr_ratios that end in 1")
         # A smaller image has no cell left in the last stage, or no key.
         self.least = max(32, *(4 * 2**s * r for s, r in enumerate(c.sr_ratios)))
         total, index = max(1, sum(c.depths) - 1), 0
@@ -332,11 +326,14 @@ class PyramidVisionTransformer(nn.Module):
         if self.has_token:
             self.cls_token = nn.Parameter(trunc_normal(1, 1, c.embed_dims[3]))
             self.norm = nn.LayerNorm(c.embed_dims[3], eps=1e-6)
+        self.init_weights()
+
+    def init_weights(self):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv2d) and not v1:  # v1: PyTorch's own
+            elif isinstance(module, nn.Conv2d) and self.config.design != "v1":  # v1: PyTorch's own
                 fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
                 nn.init.zeros_(module.bias)
@@ -367,6 +364,20 @@ class PyramidVisionTransformer(nn.Module):
             x = x.transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
             maps.append(x)
         return [*maps, self.norm(token)] if self.has_token else maps
+
+
+def check_stages(c):
+    """The numbers of the four stages, as columns; raises ValueError if they cannot be built."""
+    stages = (c.embed_dims, c.depths, c.num_heads, c.mlp_ratios, c.sr_ratios)
+    if c.design not in ("v1", "v2", "v2_li") or {len(values) for values in stages} != {4}:
+        raise ValueError("give four values, one a stage, and a design of v1, v2 or v2_li")
+    if not all(isinstance(n, int) and n > 0 for n in (*c.embed_dims, *c.sr_ratios)):
+        raise ValueError("embed_dims and sr_ratios are whole numbers from 1 on")
+    if c.pos_size < 32 or min(c.head_depth, c.queries - 1) < 0:
+        raise ValueError("pos_size is at least 32, head_depth 0, queries 1")
+    if c.design == "v1" and c.head == "classifier" and c.sr_ratios[3] != 1:
+        raise ValueError("the class token needs sr_ratios that end in 1")
+    return stages
 
 
 def resize_positions(table, grid):
@@ -461,6 +472,31 @@ def normalise_boxes(boxes_xyxy, size):
     return box_convert(boxes_xyxy / boxes_xyxy.new_tensor([w, h, w, h]), "xyxy", "cxcywh")
 
 
+def smallest_cover(points_norm, boxes_norm):
+    """Index (N,) of the smallest box (M, 4) cxcywh over each point (N, 2), -1 where none is."""
+    inside = (points_norm[:, None] - boxes_norm[:, :2]).abs() < boxes_norm[:, 2:] / 2  # (N, M, 2)
+    area = torch.where(inside.all(dim=2), boxes_norm[:, 2:].prod(dim=1), 9.0)  # (N, M)
+    area, index = F.pad(area, (0, 1), value=8.0).min(dim=1)  # (N,)
+    return index.masked_fill(area == 8, -1)
+
+
+def cover_pairs(grids, targets, device):
+    """Which patch should find what: the smallest object over it, in images of grids (h, w).
+
+    Returns the patches' points (N, 2), those of all images in one row, and (patch ids, object ids)
+    of those under an object; both count through the batch.
+    """
+    points, items, count = [], [], 0
+    for (h, w), target in zip(grids, targets, strict=True):
+        points.append(grid_points(h, w).to(device))
+        item = smallest_cover(points[-1], target["boxes_norm"])
+        items.append(torch.where(item < 0, item, item + count))
+        count += len(target["labels"])
+    item = torch.cat(items)  # (N,)
+    patch = (item >= 0).nonzero()[:, 0]
+    return torch.cat(points), (patch, item[patch])
+
+
 @torch.no_grad()
 def hungarian_match(logits, boxes_norm, targets, points=None):
     """The cheapest one-to-one matching of queries and objects of each image (DETR, Eq. 1).
@@ -492,7 +528,10 @@ def hungarian_match(logits, boxes_norm, targets, points=None):
 
 
 class Classifier(nn.Module):
-    """Linear layer on the class token, or on the mean of v2's last map (Sec. 3.1)."""
+    """Linear layer on the class token, or on the mean of v2's last map.
+
+    Differs: pictures are resized to a square; released: the centre of a slightly larger one.
+    """
 
     def __init__(self, c, num_classes):
         super().__init__()
@@ -636,7 +675,7 @@ class DETRLayer(nn.Module):
 
 
 class MLP(nn.Module):
-    """Three linear layers with ReLU between (Sec. 3.1)."""
+    """Three linear layers with ReLU between (DETR, arXiv:2005.12872, Sec. 3.2)."""
 
     def __init__(self, dim, out):
         super().__init__()
@@ -678,12 +717,16 @@ class DETR(nn.Module):
         dim, depth = c.head_dim, range(c.head_depth or 6)
         if dim % 32:
             raise ValueError("head=detr needs a head_dim divisible by 32")
-        self.anchored, self.queries = c.anchors, c.queries
+        self.anchored, self.queries, self.patch_loss = c.anchors, c.queries, c.patch_loss
         self.input_proj = nn.Conv2d(c.embed_dims[3], dim, 1)
         self.encoder = nn.ModuleList(DETRLayer(dim, dim // 32, False) for _ in depth)
         self.decoder = nn.ModuleList(DETRLayer(dim, dim // 32, True) for _ in depth)
         self.norm = nn.LayerNorm(dim)
         self.query_embed = nn.Parameter(torch.randn(c.queries, dim))
+        if c.anchors:
+            columns = math.ceil(c.queries**0.5)
+            real = torch.ones(1, math.ceil(c.queries / columns), columns, dtype=torch.bool)
+            self.query_embed.data = sine_positions(real, dim).flatten(0, 2)[: c.queries]
         self.class_embed = nn.Linear(dim, num_classes + 1)  # the last class: no object
         self.bbox_embed = MLP(dim, 4)
         for p in [*self.encoder.parameters(), *self.decoder.parameters()]:
@@ -695,43 +738,65 @@ class DETR(nn.Module):
         return anchor_points(self.queries).to(device) if self.anchored else None
 
     def forward(self, maps, sizes):
-        """Logits (B, Q, K + 1) and boxes (B, Q, 4) cxcywh as shares of the image, of each layer."""
+        """Of each layer logits (B, Q, K + 1) and boxes (B, Q, 4) cxcywh as shares of the image.
+
+        And what the encoder made of the patches, (B, H/32, W/32, C).
+        """
         x = self.input_proj(maps[3])  # (B, C, H, W)
         real = real_cells(sizes, x.shape[2:], 32, x.device)
         position = sine_positions(real, x.shape[1]).flatten(1, 2)  # (B, N, C)
-        padding = ~real.flatten(1) if len(set(sizes)) > 1 else None
+        padding = None if real.all() else ~real.flatten(1)
         memory = x.flatten(2).transpose(1, 2)  # (B, N, C)
         for layer in self.encoder:
             memory = layer(memory, position, padding=padding)
         query = self.query_embed.expand(len(x), -1, -1)  # (B, Q, C)
+        patches = memory.unflatten(1, x.shape[2:])  # (B, H, W, C)
         x, outputs = torch.zeros_like(query), []
-        points = self.points(x.device)
         for layer in self.decoder:
             x = layer(x, query, memory, position, padding)  # (B, Q, C)
-            tokens = self.norm(x)
-            with torch.autocast(x.device.type, enabled=False):  # bf16 would round to pixels
-                boxes = self.bbox_embed(tokens.float())  # (B, Q, 4)
-            if points is not None:
-                boxes = boxes + F.pad(points.logit(), (0, 2))
-            outputs.append((self.class_embed(tokens), boxes.sigmoid()))
-        return outputs
+            outputs.append(self.heads(self.norm(x), self.points(x.device)))
+        return outputs, patches
+
+    def heads(self, tokens, points=None):
+        """Logits (B, Q, K + 1) and boxes (B, Q, 4) of tokens (B, Q, C), around points (Q, 2)."""
+        with torch.autocast(tokens.device.type, enabled=False):  # bf16 would round to pixels
+            boxes = self.bbox_embed(tokens.float())  # (B, Q, 4)
+        if points is not None:
+            boxes = boxes + F.pad(points.logit(), (0, 2))
+        return self.class_embed(tokens), boxes.sigmoid()
 
     def loss(self, outputs, targets, sizes):
-        """Set losses of the last layer, and those of the others in sum."""
+        """Set losses of the last layer, and those of the others, and of patches, in sum."""
         targets = [
             {"labels": t["labels"], "boxes_norm": normalise_boxes(t["boxes"], size)}
             for t, size in zip(targets, sizes, strict=True)
         ]
         number = sum(len(t["labels"]) for t in targets)
-        points, layers = self.points(outputs[0][0].device), []
+        (outputs, patches), layers = outputs, []
+        points = self.points(patches.device)
         for found in outputs:
             pairs = hungarian_match(*found, targets, points)
             layers.append(set_losses(*found, targets, pairs, 0.1, number))
-        auxiliary = sum(sum(losses.values()) for losses in layers[:-1])
-        return layers[-1] | ({"loss_auxiliary": auxiliary} if layers[:-1] else {})
+        losses = layers.pop()
+        if layers:
+            losses["loss_layers"] = sum(sum(layer.values()) for layer in layers)
+        if self.patch_loss:
+            dense = self.patch_losses(patches, sizes, targets)
+            losses["loss_patch"] = self.patch_loss * sum(dense.values())
+        return losses
+
+    def patch_losses(self, patches, sizes, targets):
+        """The same losses for each patch, which should find the smallest object that covers it."""
+        grids = [(math.ceil(h / 32), math.ceil(w / 32)) for h, w in sizes]
+        real = zip(patches, grids, strict=True)  # without padding, as if they were one image
+        tokens = torch.cat([image_patches[:h, :w].flatten(0, 1) for image_patches, (h, w) in real])
+        points, pairs = cover_pairs(grids, targets, tokens.device)
+        targets = {key: torch.cat([t[key] for t in targets]) for key in targets[0]}
+        found = self.heads(self.norm(tokens[None]), points if self.anchored else None)
+        return set_losses(*found, [targets], [pairs], 1.0, len(pairs[0]))
 
     def answers(self, outputs, sizes, out_sizes):
-        return [select_best(*found) for found in zip(*outputs[-1], out_sizes, strict=True)]
+        return [select_best(*found) for found in zip(*outputs[0][-1], out_sizes, strict=True)]
 
 
 def set_losses(logits, boxes_norm, targets, pairs, no_object_weight, number):
@@ -771,7 +836,11 @@ def select_best(logits, boxes_norm, size):
 
 
 class Segmenter(nn.Module):
-    """Logits (B, K + 1, H/4, W/4) of every pixel: the data's classes, then background."""
+    """Logits (B, K + 1, H/4, W/4) of every pixel: the data's classes, then background.
+
+    Differs: ADE20K has no background class, and the released code stretches images to multiples of
+    32 where this file pads them.
+    """
 
     def loss(self, logits, targets, sizes):
         """Cross-entropy at full size, a mean over all pixels; unlabelled ones, -1, count as 0."""
@@ -873,7 +942,7 @@ class Trans2Seg(Segmenter):
         x = self.proj(maps[3])  # (B, C, H, W)
         grid = x.shape[2:]
         real = real_cells(sizes, grid, 32, x.device)
-        mask = real.flatten(1)[:, None, None] if len(set(sizes)) > 1 else None
+        mask = None if real.all() else real.flatten(1)[:, None, None]
         x = (x + sine_positions(real, x.shape[1]).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
         for block in self.encoder:
             x = block(x, mask)  # (B, N, C)
@@ -901,7 +970,7 @@ HEADS = {
 
 
 class PVT(nn.Module):
-    """The pyramid and one of HEADS (Fig. 2)."""
+    """The pyramid and one of HEADS."""
 
     def __init__(self, config, num_classes):
         super().__init__()

@@ -91,8 +91,10 @@ RECIPES = {
     "nano": NANO,
     "nano-classify": NANO | dict(batch_size=32, crop=(0.5, 1.0), layer_decay=0.75),
     "paper": PAPER,
-    "swin_base": PAPER | dict(sizes=(192,)),
-    "swin_large": PAPER | dict(sizes=(192,)),
+    "swin_base": PAPER | dict(sizes=(192,), max_size=192),
+    "swin_large": PAPER | dict(sizes=(192,), max_size=192),
+    "swinv2_h": PAPER | dict(sizes=(192,), max_size=192),
+    "swinv2_g": PAPER | dict(sizes=(192,), max_size=192),
     "classify": CLASSIFY,
     "swin_base-classify": CLASSIFY | dict(layer_decay=0.8),
     "swin_large-classify": CLASSIFY | dict(layer_decay=0.7),
@@ -636,7 +638,7 @@ class SimMIM(nn.Module):
             mask = self.draw_masks(images, targets is None).to(x.device)  # (B, H/p, W/p)
         found = self.decoder(self.encoder(x, mask)).float()  # (B, out, H/r, W/r)
         if targets is not None:
-            return {"loss_pixels": self.masked_loss(found, x, mask)}
+            return {"loss_mim": self.masked_loss(found, x, mask)}
         return self.answers(found, x, mask)
 
     def draw_masks(self, images, fixed):
@@ -681,9 +683,10 @@ class SimMIM(nn.Module):
     @torch.no_grad()
     def prepare(self, images):
         """Look at some pictures, a list of (3, H, W) in [0, 1], before training: find the codes."""
-        x = torch.stack(images)
-        mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
-        self.target.fit((x - mean) / std)
+        if self.config.task == "pretrain":
+            x = torch.stack(images)
+            mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
+            self.target.fit((x - mean) / std)
 
     def dense(self, images):
         """Every layer once: what --summary counts."""

@@ -26,10 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import coco
 import mimdet
 import pvt
+import simmim
 import yolos
 from coco import DataError
 
-MODELS = {"mimdet": mimdet, "yolos": yolos, "pvt": pvt}
+MODELS = {"simmim": simmim, "mimdet": mimdet, "yolos": yolos, "pvt": pvt}
 EVALUATIONS = 4  # a run
 SAVE_SECONDS = 600  # last.pt is written at every evaluation and at least this often
 
@@ -193,7 +194,8 @@ def load_weights(net, module, args, path, data, exact):
     parts = (data.get(key) for key in ("model", "state_dict"))  # where the authors keep weights
     source = next((part for part in parts if isinstance(part, dict)), data)
     source = {k: v for k, v in source.items() if isinstance(v, torch.Tensor)}
-    own = data.get("name") == args.model
+    task = dataclasses.asdict(net.config).get("task")
+    own = data.get("name") == args.model and data["config"].get("task") == task
     state, wanted = source if own else module.from_official(source, net.config), net.state_dict()
     fits = {k: v for k, v in state.items() if k in wanted and v.shape == wanted[k].shape}
     shapes = {v.shape for v in source.values()}
@@ -214,7 +216,7 @@ def load_weights(net, module, args, path, data, exact):
         name = f"{args.model} {args.variant}"
         raise DataError(f"{path}: almost nothing fits {name}; is --variant right?")
     if exact and len(fits) < len(wanted):
-        raise DataError(f"{path}: does not fit; leave out --set, or check that --data is the same")
+        raise DataError(f"{path}: does not fit whole; are --set, --variant and --data the same?")
     net.load_state_dict(fits, strict=False)
 
 
@@ -294,15 +296,22 @@ def comparison(dataset, outputs):
     """Picture rows: truth beside what was found, for a few images at their own size."""
     pairs = []
     for index, info in enumerate(dataset.images):
-        if info["id"] in outputs:
+        if info["id"] in outputs and dataset.task == "pretrain":
+            pairs.append(reconstruction(dataset[index][0], outputs[info["id"]]))
+        elif info["id"] in outputs:
             image, truth = coco.finish(*dataset.read(index))
             both = (truth, outputs[info["id"]])
             pairs.append([coco.draw(image, found, dataset.classes) for found in both])
     return [sum(pairs[i : i + 2], []) for i in range(0, len(pairs), 2)]
 
 
+def reconstruction(image, found):
+    """Image, the same masked, and what the model made of it."""
+    return [coco.draw(x, {}, []) for x in (image, found["masked"], found["reconstruction"])]
+
+
 def n_a(value):
-    return "n/a" if value < 0 else f"{value:.3f}"
+    return "n/a" if value == -1 else f"{value:.3f}"
 
 
 def duration(seconds):
@@ -376,6 +385,8 @@ def train_step(args, model, optimizer, recipe, batches, step):
 def train(args, module, recipe, net, data, dataset, held_out):
     """Train to args.steps; returns the last evaluation's metrics."""
     plan(args, recipe, dataset)
+    if hasattr(net, "prepare") and args.resume is None:
+        net.prepare([dataset[i, i][0] for i in range(min(256, len(dataset)))])
     optimizer = torch.optim.AdamW(module.param_groups(net, recipe), lr=args.lr, fused=True)
     progress = dict(step=0, best=-math.inf, images_seen=0, seconds=0.0)
     if args.resume is not None:
@@ -516,7 +527,10 @@ def predict(args, net, recipe, classes):
         with autocast(args):
             (found,) = net([image.to(args.device)], sizes=[tuple(pixels.shape[-2:])])
         file = args.out / f"predict-{number}-{Path(path).stem}.png"
-        coco.save_pictures(file, [[coco.draw(pixels / 255, found, classes)]])
+        row = [coco.draw(pixels / 255, found, classes)]
+        if "reconstruction" in found:
+            row = reconstruction(image, found)
+        coco.save_pictures(file, [row])
         print(f"{path}: {coco.describe(found, classes)} -> {file}")
         if args.attention is not None:
             maps = net.attention(image.to(args.device))  # (Q, h, H/16, W/16)
@@ -630,7 +644,7 @@ def run(args):
         config, recipe = dict(data["config"]), dict(data["recipe"])
     else:
         config = dataclasses.asdict(module.CONFIGS[args.variant])
-        override(args.set, config, dict(module.RECIPES["paper"]))  # the head decides the recipe
+        override([s for s in args.set if s.partition("=")[0] in config], config)
         recipe = recipe_of(module, args.variant, config)
     override(args.set, config, recipe)
     args.recipe = recipe
@@ -645,7 +659,7 @@ def run(args):
     classes = classes or [{"id": i, "name": f"class {i}"} for i in range(80)]
     net = make_net(args, module, config, len(classes))
     if path:
-        load_weights(net, module, args, path, data, continues)
+        load_weights(net, module, args, path, data, continues or bool(args.predict))
     if args.predict:
         predict(args, net, recipe, classes)
     elif args.benchmark:
@@ -661,13 +675,14 @@ def run(args):
 
 
 def recipe_of(module, variant, config):
-    """The most special of the model's recipes for this variant and head."""
-    names = (f"{variant}-{config.get('head')}", variant, config.get("head"), "paper")
+    """The most special of the model's recipes for this variant and its task or head."""
+    kinds = [kind for kind in (config.get("task"), config.get("head")) if kind]
+    names = [f"{variant}-{kind}" for kind in kinds] + [variant, *kinds, "paper"]
     return dict(next(module.RECIPES[name] for name in names if name in module.RECIPES))
 
 
 def task_of(config):
-    """What a model does with images: "detect", "classify" or "segment"."""
+    """What a model does with images: "detect", "classify", "segment" or "pretrain"."""
     return getattr(config, "task", "detect")
 
 

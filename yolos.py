@@ -353,6 +353,23 @@ def smallest_cover(points_norm, boxes_norm):
     return index.masked_fill(area == 8, -1)
 
 
+def cover_pairs(grids, targets, device):
+    """Which patch should find what: the smallest object over it, in images of grids (h, w).
+
+    Returns the patches' points (N, 2), those of all images in one row, and (patch ids, object ids)
+    of those under an object; both count through the batch.
+    """
+    points, items, count = [], [], 0
+    for (h, w), target in zip(grids, targets, strict=True):
+        points.append(grid_points(h, w).to(device))
+        item = smallest_cover(points[-1], target["boxes_norm"])
+        items.append(torch.where(item < 0, item, item + count))
+        count += len(target["labels"])
+    item = torch.cat(items)  # (N,)
+    patch = (item >= 0).nonzero()[:, 0]
+    return torch.cat(points), (patch, item[patch])
+
+
 @torch.no_grad()
 def hungarian_match(logits, boxes_norm, targets, points=None):
     """The cheapest one-to-one matching of queries and objects of each image (DETR, Eq. 1).
@@ -381,7 +398,7 @@ def hungarian_match(logits, boxes_norm, targets, points=None):
 
 
 class MLP(nn.Module):
-    """Three linear layers with ReLU between (Sec. 3.1)."""
+    """Three linear layers with ReLU between (DETR, arXiv:2005.12872, Sec. 3.2)."""
 
     def __init__(self, dim, out):
         super().__init__()
@@ -491,19 +508,12 @@ class YOLOS(nn.Module):
 
     def patch_losses(self, patches, grids, targets):
         """The same losses for each patch, which should find the smallest object that covers it."""
-        tokens, points, items, count = [], [], [], 0
-        for image_patches, (h, w), target in zip(patches, grids, targets, strict=True):
-            tokens.append(image_patches[:h, :w].flatten(0, 1))  # without padding
-            points.append(grid_points(h, w).to(tokens[0].device))
-            item = smallest_cover(points[-1], target["boxes_norm"])
-            items.append(torch.where(item < 0, item, item + count))
-            count += len(target["labels"])
-        item = torch.cat(items)  # of all images, as if they were one
-        patch = (item >= 0).nonzero()[:, 0]
-        points = torch.cat(points) if self.config.anchors else None
+        real = zip(patches, grids, strict=True)  # without padding, as if they were one image
+        tokens = torch.cat([image_patches[:h, :w].flatten(0, 1) for image_patches, (h, w) in real])
+        points, pairs = cover_pairs(grids, targets, tokens.device)
         targets = {key: torch.cat([t[key] for t in targets]) for key in targets[0]}
-        found = self.heads(torch.cat(tokens)[None], points)
-        return set_losses(*found, [targets], [(patch, item[patch])], 1.0, len(patch))
+        found = self.heads(tokens[None], points if self.config.anchors else None)
+        return set_losses(*found, [targets], [pairs], 1.0, len(pairs[0]))
 
     def dense(self, images):
         """Every layer once, on fixed shapes: what --summary counts."""

@@ -226,7 +226,10 @@ def test_a_malicious_or_foreign_file_is_refused(finished, shapes, tmp_path, caps
         (["--set", "depht=3"], "--set depht=3: give FIELD=VALUE with a field of embed_dim"),
         (["--set", "depth=many"], "depth is now 4, give a value like it"),
         (["--set", "depth"], "give FIELD=VALUE"),
-        (["--set", "schedule=cosin"], "--set schedule=cosin: give cosine, or parts like 0.75,0.9"),
+        (
+            ["--set", "schedule=cosin"],
+            "--set schedule=cosin: give cosine, poly, or parts like 0.75,0.9",
+        ),
         (["--set", "crop=none"], "crop is now (), give a value like it"),
         (["--set", "depth=2", "--set", "num_heads=5"], "width 192 cannot be shared by 5 heads"),
         (["--set", "fill=foam"], 'fill must be "conv" or "mask", not "foam"'),
@@ -431,6 +434,9 @@ def test_schedules():
     assert at(50625) == pytest.approx(0.1) and at(61880) == pytest.approx(0.01)
     curve = [train.lr_factor(step, 1000, nano) for step in range(1000)]
     assert max(curve) == 1 and curve[-1] < 1e-4 and curve[:50] == sorted(curve[:50])
+    poly = dict(schedule="poly", warmup=0)
+    assert train.lr_factor(0, 100, poly) == 1
+    assert train.lr_factor(75, 100, poly) == pytest.approx(0.25**0.9)
 
 
 def test_a_broken_image_is_named_in_one_line_by_loader_processes_too(shapes, tmp_path, capsys):
