@@ -527,10 +527,11 @@ def predict(args, net, recipe, classes):
         with autocast(args):
             (found,) = net([image.to(args.device)], sizes=[tuple(pixels.shape[-2:])])
         file = args.out / f"predict-{number}-{Path(path).stem}.png"
-        row = [coco.draw(pixels / 255, found, classes)]
-        if "reconstruction" in found:
-            row = reconstruction(image, found)
-        coco.save_pictures(file, [row])
+        pretrains = "reconstruction" in found
+        drawn = (
+            reconstruction(image, found) if pretrains else [coco.draw(pixels / 255, found, classes)]
+        )
+        coco.save_pictures(file, [drawn])
         print(f"{path}: {coco.describe(found, classes)} -> {file}")
         if args.attention is not None:
             maps = net.attention(image.to(args.device))  # (Q, h, H/16, W/16)

@@ -497,6 +497,48 @@ def test_answers_of_every_kind_are_drawn_and_described():
     assert (coco.draw(image, dict(labels=torch.tensor([1])), classes) != plain).any()
 
 
+# --- Pictures alone -------------------------------------------------------------------------------
+
+
+def test_any_folder_of_images_serves_for_pre_training(tmp_path):
+    (tmp_path / "more").mkdir()
+    for i in range(21):
+        folder = tmp_path / "more" if i % 2 else tmp_path
+        pixels = np.full((20 + i, 30, 3), i, dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    transform = coco.Transform(PLAIN | dict(sizes=(16,), crop=(0.67, 1.0)), True, "pretrain")
+    train, val = (coco.Pictures(tmp_path, split, transform) for split in ("train", "val"))
+    assert len(train) == 19 and len(val) == 2
+    image, target = train[0, 5]
+    assert image.shape == (3, 16, 16) and set(target) == {"image_id", "size"}
+    names = [i["file_name"] for d in (train, val) for i in d.images]
+    assert len(set(names)) == 21
+    (tmp_path / "more/01.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match="cannot read image"):
+        coco.Pictures(tmp_path, "train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="neither annotations nor images to train on"):
+        coco.Pictures(tmp_path / "empty", "train")
+
+
+def test_annotated_data_gives_its_pictures_too(shapes):
+    dataset = coco.Pictures(shapes, "val")
+    image, target = dataset[0]
+    assert len(dataset) == 6 and set(target) == {"image_id", "size"} and image.ndim == 3
+
+
+def test_pre_training_is_judged_against_the_mean_visible_colour(shapes):
+    dataset = coco.Pictures(shapes, "val")
+    results = []
+    for i, (l1, baseline) in enumerate([(0.1, 0.4), (0.3, 0.4)]):
+        answer = dict(reconstruction=None, l1=torch.tensor(l1), baseline=torch.tensor(baseline))
+        results += coco.to_results(dataset, dataset[i][1], answer)
+    expected = {"explained": 0.5, "masked_L1": 0.2, "baseline_L1": 0.4}
+    assert coco.evaluate(dataset, results) == pytest.approx(expected)
+    assert "L1 0.300 where hidden" in coco.describe(answer, [])
+
+
 # --- Real images ----------------------------------------------------------------------------------
 
 

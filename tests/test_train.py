@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 
@@ -408,6 +409,74 @@ def test_weights_of_the_authors_segmenters_and_detectors_are_found(shapes, tmp_p
     args = ["--model", "pvt", "--data", shapes, "--out", tmp_path / "run", "--steps", 1]
     assert run(*args, "--init", tmp_path / "theirs.pth", "--set", *TINY_PVT) == 0
     assert f"{len(state)} of" in capsys.readouterr().out
+
+
+# --- SimMIM ---------------------------------------------------------------------------------------
+
+TINY_SIMMIM = "img_size=64 embed_dim=32 depths=2 num_heads=2 sizes=64".split()
+
+
+@pytest.fixture(scope="session")
+def pretrained(shapes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "simmim"
+    args = ("--model", "simmim", "--data", shapes, "--out", out, "--steps", 4)
+    assert run(*args, "--set", *TINY_SIMMIM) == 0
+    return out
+
+
+def test_simmim_trains_and_shows_reconstructions(pretrained, shapes, tmp_path, capsys):
+    result = json.loads((pretrained / "result.json").read_text())
+    assert {"explained", "masked_L1", "baseline_L1"} <= set(result)
+    assert len(list(pretrained.glob("epoch-*.png"))) == 2
+    assert not (pretrained / "detections.json").exists()
+    args = ("--model", "simmim", "--out", pretrained)
+    assert run(*args, "--data", shapes, "--eval-only", tiny=False) == 0
+    assert f"masked_L1 {result['masked_L1']:.3f}" in capsys.readouterr().out
+    assert run(*args, "--predict", next((shapes / "val2017").iterdir()), tiny=False) == 0
+    assert "where hidden" in capsys.readouterr().out
+    with PIL.Image.open(next(pretrained.glob("predict-1-*.png"))) as picture:
+        assert picture.width == 3 * (320 + 4)  # image, masked, reconstruction
+
+
+def test_a_plain_folder_of_pictures_is_enough(shapes, tmp_path):
+    args = ("--model", "simmim", "--data", shapes / "train2017", "--out", tmp_path / "run")
+    assert run(*args, "--steps", 2, "--set", *TINY_SIMMIM) == 0
+
+
+@pytest.mark.parametrize("target", ["color_cluster", "tokens"])
+def test_codes_are_found_before_training_and_kept(target, shapes, tmp_path):
+    out, settings = tmp_path / "run", [*TINY_SIMMIM, f"target={target}", "clusters=8"]
+    args = ("--model", "simmim", "--data", shapes, "--out", out)
+    assert run(*args, "--steps", 2, "--epochs", 1, "--set", *settings) == 0
+    first = torch.load(out / "last.pt", weights_only=True)["model"]["target.codes"]
+    assert len(first.unique(dim=0)) == 8
+    assert run(*args, "--epochs", 1, "--resume", tiny=False) == 0
+    assert torch.equal(
+        torch.load(out / "last.pt", weights_only=True)["model"]["target.codes"], first
+    )
+
+
+def test_what_was_pre_trained_is_fine_tuned(pretrained, shapes, tmp_path, capsys):
+    args = ["--model", "simmim", "--data", shapes, "--init", pretrained / "last.pt"]
+    for name, more in (("tuned", []), ("probe", ["freeze=true"])):
+        out = tmp_path / name
+        settings = ["--set", "task=classify", *TINY_SIMMIM, *more]
+        assert run(*args, "--out", out, "--steps", 2, *settings) == 0
+        assert "30 of 32 tensors loaded" in capsys.readouterr().out
+        assert 0 <= json.loads((out / "result.json").read_text())["top1"] <= 1
+        trained = torch.load(out / "last.pt", weights_only=True)["model"]
+        before = torch.load(pretrained / "last.pt", weights_only=True)["model"]
+        key = "encoder.blocks.1.mlp.fc1.weight"
+        assert torch.equal(trained[key], before[key]) == (name == "probe")
+
+
+def test_a_pre_trained_encoder_goes_on_in_the_detectors(pretrained, shapes, tmp_path, capsys):
+    size = "embed_dim=32 depth=2 num_heads=2".split()
+    start = ("--data", shapes, "--init", pretrained / "last.pt", "--steps", 1)
+    assert run(*start, "--out", tmp_path / "mimdet", "--set", *TINY, *size) == 0
+    assert ": 27 of " in capsys.readouterr().out
+    assert run_yolos(*start, "--out", tmp_path / "yolos", "--set", *TINY_YOLOS, *size) == 0
+    assert ": 28 of " in capsys.readouterr().out
 
 
 def test_a_finished_run_is_not_overwritten(finished, shapes, capsys):
