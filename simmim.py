@@ -64,8 +64,9 @@ class Config:
 # fmt: off
 SWIN = dict(encoder="swin", img_size=192, patch=4, depths=(2, 2, 18, 2), drop_path=0.0)
 CONFIGS = {  # with the parameters in pre-training
-    "nano": Config(encoder="vit", img_size=128, patch=8, embed_dim=128, depths=(4,), num_heads=(4,),
-                   mask_patch=16, drop_path=0.0),
+    # The blocks are those of mimdet.py's nano.
+    "nano": Config(encoder="vit", img_size=128, patch=8, embed_dim=192, depths=(4,), num_heads=(3,),
+                   mask_patch=8, drop_path=0.0),  # 1,903,680
     "vit_base": Config(),  # 86,256,720
     "swin_base": Config(embed_dim=128, num_heads=(4, 8, 16, 32), window=6, **SWIN),  # 89,874,104
     "swin_large": Config(embed_dim=192, num_heads=(6, 12, 24, 48), window=12,
@@ -84,12 +85,12 @@ CLASSIFY = PAPER | dict(
     lr=5e-3, layer_decay=0.65, epochs=100, warmup=12510, schedule="cosine", crop=(0.08, 1.0),
 )
 NANO = dict(
-    lr=1e-3, batch_size=16, layer_decay=1.0, weight_decay=0.05, clip=5.0, epochs=3, warmup=100,
+    lr=1e-3, batch_size=8, layer_decay=1.0, weight_decay=0.05, clip=5.0, epochs=1.5, warmup=100,
     schedule="cosine", sizes=(128,), max_size=128, multiple=1, crop=(0.67, 1.0),
 )
 RECIPES = {
     "nano": NANO,
-    "nano-classify": NANO | dict(batch_size=32, crop=(0.5, 1.0), layer_decay=0.75),
+    "nano-classify": NANO | dict(batch_size=32, epochs=3, crop=(0.5, 1.0), layer_decay=0.75),
     "paper": PAPER,
     "swin_base": PAPER | dict(sizes=(192,), max_size=192),
     "swin_large": PAPER | dict(sizes=(192,), max_size=192),

@@ -857,7 +857,7 @@ def simmim_model(encoder="vit", seed=0, **fields):
 @pytest.mark.parametrize(
     ("variant", "fields", "parameters"),
     [
-        ("nano", {}, 875_968),
+        ("nano", {}, 1_903_680),
         ("vit_base", {}, 86_256_720),
         ("swin_base", {}, 89_874_104),
         ("swin_large", {}, 199_881_204),
