@@ -607,7 +607,8 @@ class SimMIM(nn.Module):
             self.head = nn.Linear(self.encoder.width, num_classes)
             nn.init.zeros_(self.head.bias)
             nn.init.trunc_normal_(self.head.weight, std=0.02)
-            self.encoder.requires_grad_(not c.freeze)
+            if c.freeze:
+                self.encoder.requires_grad_(False)
         else:
             self.target = Target(c, self.encoder.stride)
             resolution = self.target.resolution
