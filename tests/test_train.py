@@ -524,27 +524,13 @@ def test_boxes_alone_can_be_learned_from_data_with_masks(shapes, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_together(shapes, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        ROOT / "train.py",
-    ]
-    command += [
-        "--model",
-        "mimdet",
-        "--device",
-        "cpu",
-        "--data",
-        shapes,
-        "--out",
-        tmp_path / "run",
-        "--steps",
-        "2",
-    ]
-    done = subprocess.run([*command, "--set", *TINY], capture_output=True, text=True, timeout=600)
+@pytest.mark.parametrize("model", ["simmim", "mimdet", "yolos", "pvt"])
+def test_two_processes_train_together(model, shapes, tmp_path):
+    settings = {"simmim": TINY_SIMMIM, "mimdet": TINY, "yolos": TINY_YOLOS, "pvt": TINY_PVT}[model]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += [ROOT / "train.py", "--model", model, "--device", "cpu", "--data", shapes]
+    command += ["--out", tmp_path / "run", "--steps", "2", "--set", *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 2/2") == 1 and (tmp_path / "run/result.json").exists()
 
