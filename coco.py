@@ -274,9 +274,12 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 def image_size(path):
-    """Width and height of an image file, as read_image gives it."""
-    height, width = read_image(path).shape[1:]
-    return width, height
+    """Width and height of an image file, from its header."""
+    try:
+        with PIL.Image.open(path) as file:
+            return file.size
+    except OSError as error:
+        raise DataError(f"{path}: cannot read image ({error}); replace or remove it") from None
 
 
 DATASETS = {kind.task: kind for kind in (CocoDataset, ObjectCrops, SemanticMaps, Pictures)}
@@ -488,7 +491,7 @@ def evaluate(dataset, results):
     """
     if dataset.task == "pretrain":
         l1, baseline = (sum(r[name] for r in results) / len(results) for name in ("l1", "baseline"))
-        return {"explained": 1 - l1 / baseline, "masked_L1": l1, "baseline_L1": baseline}
+        return {"explained": 1 - l1 / max(baseline, 1e-9), "masked_L1": l1, "baseline_L1": baseline}
     if dataset.task == "classify":
         right = [r["category_id"] == r["true_id"] for r in results]
         return {"top1": sum(right) / len(right)}
