@@ -245,41 +245,40 @@ class Pictures(CocoDataset):
     task = "pretrain"
 
     def __init__(self, root, split, transform=None, limit=None, classes=None):
-        try:
-            find_split(root, split)
-        except DataError:
-            self.folder, self.transform = Path(root), transform
+        self.plain = not any(has_split(root, name) for name in ("train", "val"))
+        if self.plain:
+            self.folder, self.transform, self.has_masks = Path(root), transform, False
             files = sorted(f for f in self.folder.rglob("*") if f.suffix.lower() in SUFFIXES)
-            files = [f for i, f in enumerate(files) if (i % 10 == 9) == (split == "val")][:limit]
+            held = files[9::10] or files[-1:]
+            files = (held if split == "val" else sorted({*files} - {*held}))[:limit]
             if not files:
-                raise DataError(f"{root}: neither annotations nor images to {split} on") from None
-            sizes = [image_size(file) for file in files]
+                raise DataError(f"{root}: neither annotations nor images to {split} on")
+            names = [str(file.relative_to(root)) for file in files]
+            # Every picture becomes a square: its own shape does not matter.
             self.images = [
-                {"id": i, "file_name": str(f.relative_to(root)), "width": w, "height": h}
-                for i, (f, (w, h)) in enumerate(zip(files, sizes, strict=True))
+                {"id": i, "file_name": name, "width": 1, "height": 1}
+                for i, name in enumerate(names)
             ]
-            self.classes, self.has_masks = classes or [{"id": 0, "name": "picture"}], False
-            self.notes = [f"{len(files)} images of {root}"]
+            self.classes = classes or [{"id": 0, "name": "picture"}]
         else:
-            super().__init__(root, split, transform, limit, classes)
-            self.notes = [f"{len(self.images)} images"]
+            super().__init__(root, split, transform, limit)
+            self.classes = classes or self.classes
+        self.notes = [f"{len(self.images)} images"]
 
     def read(self, index):
         info = self.images[index]
-        path, size = self.folder / info["file_name"], (info["height"], info["width"])
-        return tv_tensors.Image(read_image(path, size)), {}
+        size = None if self.plain else (info["height"], info["width"])
+        return tv_tensors.Image(read_image(self.folder / info["file_name"], size)), {}
 
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
-def image_size(path):
-    """Width and height of an image file, from its header."""
+def has_split(root, split):
     try:
-        with PIL.Image.open(path) as file:
-            return file.size
-    except OSError as error:
-        raise DataError(f"{path}: cannot read image ({error}); replace or remove it") from None
+        return bool(find_split(root, split))
+    except DataError:
+        return False
 
 
 DATASETS = {kind.task: kind for kind in (CocoDataset, ObjectCrops, SemanticMaps, Pictures)}

@@ -139,7 +139,7 @@ class Block(nn.Module):
 def run_blocks(blocks, x, recompute=False):
     """Apply the blocks in turn; recompute trades time for memory (activation checkpointing)."""
     for block in blocks:
-        recompute_now = recompute and block.training and torch.is_grad_enabled()
+        recompute_now = recompute and torch.is_grad_enabled()
         x = checkpoint(block, x, use_reentrant=False) if recompute_now else block(x)
     return x
 

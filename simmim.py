@@ -12,7 +12,7 @@ where this file replaces them.
 import math
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -81,8 +81,9 @@ PAPER = dict(
     warmup=6255,  # Differs: steps of 2048 ImageNet images; the warm-up starts at 0
     schedule=(0.875,), sizes=(224,), max_size=224, multiple=1, crop=(0.67, 1.0),
 )
-CLASSIFY = PAPER | dict(
-    lr=5e-3, layer_decay=0.65, epochs=100, warmup=12510, schedule="cosine", crop=(0.08, 1.0),
+CLASSIFY = PAPER | dict(  # Differs: no mixup, cutmix, RandAugment, erasing and label smoothing
+    lr=5e-3, layer_decay=0.65, epochs=100, schedule="cosine", crop=(0.08, 1.0),
+    warmup=12510,  # Differs: at most a tenth of the run, here half of the released 20 epochs
 )
 NANO = dict(
     lr=1e-3, batch_size=8, layer_decay=1.0, weight_decay=0.05, clip=5.0, epochs=1.5, warmup=100,
@@ -97,8 +98,11 @@ RECIPES = {
     "swinv2_h": PAPER | dict(sizes=(192,), max_size=192),
     "swinv2_g": PAPER | dict(sizes=(192,), max_size=192),
     "classify": CLASSIFY,
-    "swin_base-classify": CLASSIFY | dict(layer_decay=0.8),
-    "swin_large-classify": CLASSIFY | dict(layer_decay=0.7),
+    # As classifiers the paper's Swins have drop_path 0.1 and 0.2.
+    "swin_base-classify": CLASSIFY | dict(layer_decay=0.8, sizes=(192,), max_size=192),
+    "swin_large-classify": CLASSIFY | dict(layer_decay=0.7, sizes=(192,), max_size=192),
+    "swinv2_h-classify": CLASSIFY | dict(layer_decay=0.7, sizes=(192,), max_size=192),
+    "swinv2_g-classify": CLASSIFY | dict(layer_decay=0.7, sizes=(192,), max_size=192),
 }
 # fmt: on
 
@@ -169,7 +173,7 @@ class PatchEmbed(nn.Module):
 def run_blocks(blocks, x, recompute=False):
     """Apply the blocks in turn; recompute trades time for memory (activation checkpointing)."""
     for block in blocks:
-        recompute_now = recompute and block.training and torch.is_grad_enabled()
+        recompute_now = recompute and torch.is_grad_enabled()
         x = checkpoint(block, x, use_reentrant=False) if recompute_now else block(x)
     return x
 
@@ -309,6 +313,8 @@ class BEiTAttention(nn.Module):
 
     def __init__(self, dim, num_heads, grid=None):
         super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"width {dim} cannot be shared by {num_heads} heads")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
@@ -383,7 +389,7 @@ class BEiT(nn.Module):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         pretrains = hasattr(self, "norm")
         bias = self.rel_pos_bias() if pretrains else None  # (h, 1 + N, 1 + N)
-        x = run_blocks([partial(block, bias=bias) for block in self.blocks], x)
+        x = run_blocks([partial(block, bias=bias) for block in self.blocks], x, self.recompute)
         x = (self.norm(x) if pretrains else x)[:, 1:]
         return x.transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
@@ -420,7 +426,7 @@ class Swin(nn.Module):
             dim, side = c.embed_dim * 2**s, c.img_size // (c.patch * 2**s)
             rates = [c.drop_path * (index + j) / total for j in range(depth)]
             index += depth
-            stage = swin_stage(dim, heads, min(c.window, side), side > c.window, rates, v2)
+            stage = swin_stage(dim, heads, min(c.window, side), rates, v2)
             self.layers.append(nn.ModuleDict({"blocks": stage}))
             if s < len(c.depths) - 1:
                 self.layers[s]["downsample"] = merging(dim)
@@ -442,8 +448,8 @@ class Swin(nn.Module):
         return self.norm(x).permute(0, 3, 1, 2)  # (B, 8 * C, H/32, W/32)
 
 
-def swin_stage(dim, num_heads, window, shifts, rates, v2=False):
-    """Blocks of a stage, every second one with shifted windows."""
+def swin_stage(dim, num_heads, window, rates, v2=False):
+    """Blocks of a stage, every second one with shifted windows (if there is more than one)."""
     block = SwinTransformerBlockV2 if v2 else SwinTransformerBlock
     attention = ShiftedWindowAttentionV2 if v2 else ShiftedWindowAttention
     return nn.ModuleList(
@@ -451,7 +457,7 @@ def swin_stage(dim, num_heads, window, shifts, rates, v2=False):
             dim,
             num_heads,
             [window, window],
-            [window // 2 * (j % 2) * shifts] * 2,
+            [window // 2 * (j % 2)] * 2,
             stochastic_depth_prob=rate,
             norm_layer=nn.LayerNorm,
             attn_layer=attention,
@@ -477,7 +483,7 @@ class InverseSwin(nn.Module):
         dims = [dim * 2**s for s in range(steps, -1, -1)]
         self.proj = nn.Conv2d(width, dims[0], 1)
         self.stages = nn.ModuleList(
-            swin_stage(d, d // 32, 6, True, [0.0] * depth)
+            swin_stage(d, d // 32, 6, [0.0] * depth)
             for d, depth in zip(dims, depths[::-1][: steps + 1], strict=True)
         )
         self.expand = nn.ModuleList(nn.Linear(d, 2 * d, bias=False) for d in dims[:-1])
@@ -500,20 +506,38 @@ def pixel_layers(width, out, up):
 
 def make_head(kind, width, stride, out, resolution):
     """The prediction head: maps (B, width, H/s, W/s) -> (B, out, H/r, W/r)."""
-    up = stride // resolution
-    if up < 1 or stride % resolution:
+    if resolution < 1 or stride % resolution:
         raise ValueError(f"resolution must divide the encoder's stride {stride}")
+    up = stride // resolution
     if kind == "linear":
         return pixel_layers(width, out, up)
     if kind == "mlp2":
         hidden = [nn.Conv2d(width, width, 1), nn.GELU()]
         return nn.Sequential(*hidden, *pixel_layers(width, out, up))
-    if kind in ("inverse_swin_t", "inverse_swin_b") and resolution <= 4 <= stride:
+    doubles = stride in (4, 8, 16, 32)
+    if kind in ("inverse_swin_t", "inverse_swin_b") and resolution <= 4 and doubles:
         dim, depths = {"t": (96, (2, 2, 6, 2)), "b": (128, (2, 2, 18, 2))}[kind[-1]]
         return InverseSwin(width, stride, dim, depths, out, up)
     raise ValueError(
         'head must be "linear", "mlp2", or, up to a resolution of 4, "inverse_swin_t/b"'
     )
+
+
+def check_choices(c):
+    """Raises ValueError for values of Config's fields that do not exist."""
+    choices = {
+        "encoder": ENCODERS,
+        "mask": ("random", "square", "block"),
+        "predict": ("masked", "all"),
+        "task": ("pretrain", "classify"),
+    }
+    for field, known in choices.items():
+        if getattr(c, field) not in known:
+            raise ValueError(f"{field} is one of {', '.join(known)}, not {getattr(c, field)}")
+    if c.img_size % c.mask_patch or c.mask_patch % c.patch:
+        raise ValueError("mask_patch must divide img_size, and patch mask_patch")
+    if not 0 < c.mask_ratio <= 1 or len(c.depths) != len(c.num_heads):
+        raise ValueError("mask_ratio is a share, and each stage has depths and num_heads")
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -550,12 +574,11 @@ class Target(nn.Module):
 
     def fit(self, images, seed=0):
         """Find the codes by k-means over pictures (n, 3, H, W), normalised."""
-        if hasattr(self, "codes"):
-            rows = self.pieces(images).flatten(0, 1)
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-            rows = rows[order[: 64 * len(self.codes)]].double().numpy()
-            found, _ = kmeans2(rows, len(self.codes), minit="++", seed=seed)
-            self.codes.copy_(torch.from_numpy(found))
+        rows = self.pieces(images).flatten(0, 1)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        rows = rows[order[: 64 * len(self.codes)]].double().numpy()
+        found, _ = kmeans2(rows, len(self.codes), minit="++", seed=seed)
+        self.codes.copy_(torch.from_numpy(found))
 
     def error(self, found, x):
         """Error (B, h, w) of predictions (B, out, h, w) for normalised images (B, 3, H, W)."""
@@ -596,11 +619,10 @@ class SimMIM(nn.Module):
     def __init__(self, config, num_classes):
         super().__init__()
         c = self.config = config
-        if c.encoder not in ENCODERS or c.task not in ("pretrain", "classify"):
-            raise ValueError(f"encoder: {', '.join(ENCODERS)}; task: pretrain, classify")
-        if c.img_size % c.mask_patch or c.mask_patch % c.patch:
-            raise ValueError("mask_patch must divide img_size, and patch mask_patch")
-        self.encoder = ENCODERS[c.encoder](c)
+        check_choices(c)
+        self.encoder = ENCODERS[c.encoder](replace(c, drop_path=0.0) if c.freeze else c)
+        if c.img_size % self.encoder.stride:
+            raise ValueError(f"img_size must be a multiple of the stride, {self.encoder.stride}")
         if c.task == "classify":
             after = c.encoder == "beit"  # its norm comes after the mean over patches
             self.fc_norm = nn.LayerNorm(self.encoder.width, eps=1e-6) if after else nn.Identity()
@@ -662,7 +684,7 @@ class SimMIM(nn.Module):
         error = self.target.error(found, x)  # (B, h, w)
         if self.config.predict == "all":
             return error.mean()
-        weight = F.interpolate(mask[:, None].float(), size=error.shape[1:])[:, 0]  # (B, h, w)
+        weight = F.interpolate(mask[:, None].float(), size=error.shape[1:], mode="area")[:, 0]
         return (error * weight).sum() / (weight.sum() + 1e-5)
 
     def answers(self, found, x, mask):
@@ -682,13 +704,18 @@ class SimMIM(nn.Module):
         names = ("reconstruction", "masked", "mask", "l1", "baseline")
         return [dict(zip(names, part, strict=True)) for part in parts]
 
+    @property
+    def wants_pictures(self):
+        """Whether training has to begin with `prepare`."""
+        codes = getattr(getattr(self, "target", None), "codes", None)
+        return codes is not None and not codes.any()
+
     @torch.no_grad()
     def prepare(self, images):
-        """Look at some pictures, a list of (3, H, W) in [0, 1], before training: find the codes."""
-        if self.config.task == "pretrain":
-            x = torch.stack(images)
-            mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
-            self.target.fit((x - mean) / std)
+        """Look at some pictures, a list of (3, H, W) in [0, 1], and find the target's codes."""
+        x = torch.stack(images)
+        mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
+        self.target.fit((x - mean) / std)
 
     def dense(self, images):
         """Every layer once: what --summary counts."""
@@ -700,9 +727,14 @@ def param_groups(model, recipe):
     """AdamW's groups, `lr_scale` a factor on the learning rate (released code's layer decay).
 
     Each block learns at layer_decay times the rate of the next, the head at 1. No weight decay for
-    1-D parameters, and the class token.
+    1-D parameters and the class token; with Swin for the mask token, and in classifying for the
+    relative tables.
     """
     groups, depth = {}, sum(model.config.depths)
+    exempt = ["cls_token"]
+    if model.config.encoder.startswith("swin"):
+        exempt += ["mask_token"]
+        exempt += ["bias_table"] if model.config.task == "classify" else []
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -714,7 +746,7 @@ def param_groups(model, recipe):
         elif name.startswith("encoder.") and not name.startswith("encoder.norm"):
             layer = 0
         scale = recipe["layer_decay"] ** (depth + 1 - layer)
-        decays = p.ndim > 1 and not name.endswith(("cls_token", "mask_token"))
+        decays = p.ndim > 1 and not name.endswith(tuple(exempt))
         groups.setdefault((scale, decays), []).append(p)
     return [
         dict(params=params, lr_scale=scale, weight_decay=recipe["weight_decay"] * decays)
@@ -733,14 +765,18 @@ def resize_bias_table(table, rows):
     if old == new:
         return table
     half, reach = old // 2, new // 2
-    span = lambda q: sum(q**i for i in range(half)) - reach  # noqa: E731
-    q = brentq(span, 0.5, 1.5)
-    steps = np.cumsum([q**i for i in range(half)])
-    places, wanted = np.r_[-steps[::-1], 0, steps], np.arange(-reach, reach + 1)
-    grids = table[: old * old].double().T.reshape(-1, old, old).numpy()
-    grids = [RectBivariateSpline(places, places, z)(wanted, wanted) for z in grids]
-    resized = torch.from_numpy(np.stack(grids)).flatten(1).T.to(table)
-    return torch.cat([resized, table[old * old :]])
+    grids = table[: old * old].double().T.reshape(-1, old, old)
+    if min(half, reach) < 2:  # too small for a spline
+        size = (new, new)
+        grids = F.interpolate(grids[None], size=size, mode="bilinear", align_corners=True)[0]
+    else:
+        span = lambda q: sum(q**i for i in range(half)) - reach  # noqa: E731
+        q = brentq(span, 1e-3, 50)
+        steps = np.cumsum([q**i for i in range(half)])
+        places, wanted = np.r_[-steps[::-1], 0, steps], np.arange(-reach, reach + 1)
+        splines = (RectBivariateSpline(places, places, z) for z in grids.numpy())
+        grids = torch.from_numpy(np.stack([spline(wanted, wanted) for spline in splines]))
+    return torch.cat([grids.flatten(1).T.to(table), table[old * old :]])
 
 
 RENAMES = [

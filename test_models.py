@@ -934,7 +934,10 @@ def test_every_target_and_head_learns_and_draws(target, head):
         return
     model = simmim_model(target=target, head=head)
     images = list(torch.rand(4, 3, 64, 64))
-    model.prepare(images)
+    assert model.wants_pictures == (target in ("color_cluster", "tokens"))
+    if model.wants_pictures:
+        model.prepare(images)
+        assert not model.wants_pictures
     loss = model(images, [{}] * 4)["loss_mim"]
     loss.backward()
     assert torch.isfinite(loss) and model.encoder.mask_token.grad.any()
@@ -1019,6 +1022,21 @@ def test_a_linear_probe_trains_the_classifier_alone():
     model = simmim_model(task="classify", freeze=True)
     groups = simmim.param_groups(model, simmim.RECIPES["classify"])
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.head.parameters()}
+
+
+def test_simmim_decays_what_the_released_code_decays():
+    for encoder, task, exempt in (
+        ("beit", "pretrain", {"cls_token"}),
+        ("beit", "classify", {"cls_token"}),
+        ("swin", "pretrain", {"mask_token"}),
+        ("swin", "classify", {"relative_position_bias_table"}),
+    ):
+        model = simmim_model(encoder, task=task)
+        names = {id(p): name for name, p in model.named_parameters()}
+        groups = simmim.param_groups(model, simmim.RECIPES["paper"])
+        free = {names[id(p)] for g in groups if g["weight_decay"] == 0 for p in g["params"]}
+        wide = {name.rpartition(".")[2] for name in free if model.get_parameter(name).ndim > 1}
+        assert wide == exempt and all(n in free for n, p in model.named_parameters() if p.ndim < 2)
 
 
 def test_layers_learn_the_slower_the_deeper_they_lie():
@@ -1180,6 +1198,18 @@ def test_released_segmenters_have_a_place_for_every_weight():
         released[re.sub(r"^head\.", "decode_head.", key)] = value
     assert "decode_head.scale_heads.3.4.bn.running_mean" in released
     model.load_state_dict(pvt.from_official({"state_dict": released}, model.config))
+
+
+@pytest.mark.parametrize(("old", "new"), [(6, 7), (12, 14), (4, 8), (7, 6), (2, 3), (3, 2)])
+def test_bias_tables_of_any_window_are_resized(old, new):
+    """What is the same everywhere, or grows along an axis, still does so."""
+    side, wanted = 2 * old - 1, 2 * new - 1
+    ramp = torch.linspace(-1, 1, side).expand(side, side)
+    table = torch.stack([torch.ones(side, side), ramp, ramp.T], dim=-1).flatten(0, 1)
+    flat, x, y = simmim.resize_bias_table(table, wanted**2).T.reshape(3, wanted, wanted)
+    torch.testing.assert_close(flat, torch.ones(wanted, wanted))
+    torch.testing.assert_close(x, y.T)
+    assert (x.diff(dim=1) > 0).all() and x[0, 0].item() == pytest.approx(-1, abs=1e-3)
 
 
 def test_an_encoder_goes_from_simmim_to_the_detectors():

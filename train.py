@@ -194,15 +194,17 @@ def load_weights(net, module, args, path, data, exact):
     parts = (data.get(key) for key in ("model", "state_dict"))  # where the authors keep weights
     source = next((part for part in parts if isinstance(part, dict)), data)
     source = {k: v for k, v in source.items() if isinstance(v, torch.Tensor)}
-    task = dataclasses.asdict(net.config).get("task")
-    own = data.get("name") == args.model and data["config"].get("task") == task
+    own, now = data.get("name") == args.model, dataclasses.asdict(net.config)
+    for field in ("task", "window", "img_size"):  # SimMIM's tables change with them
+        own = own and data["config"].get(field) == now.get(field)
     state, wanted = source if own else module.from_official(source, net.config), net.state_dict()
+    built = [k for k in wanted if k.endswith(("num_batches_tracked", "relative_position_index"))]
     fits = {k: v for k, v in state.items() if k in wanted and v.shape == wanted[k].shape}
     shapes = {v.shape for v in source.values()}
     resized = sum(v.shape not in shapes for v in fits.values())
     lists = {
         "other shape, not loaded": [k for k in state if k in wanted and k not in fits],
-        "missing": [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")],
+        "missing": [k for k in wanted if k not in state and k not in built],
         "unexpected": [k for k in state if k not in wanted],
     }
     if any(isinstance(value, argparse.Namespace) for value in data.values()):
@@ -215,7 +217,7 @@ def load_weights(net, module, args, path, data, exact):
     if sum(v.numel() for v in fits.values()) < 0.1 * sum(v.numel() for v in wanted.values()):
         name = f"{args.model} {args.variant}"
         raise DataError(f"{path}: almost nothing fits {name}; is --variant right?")
-    if exact and len(fits) < len(wanted):
+    if exact and len({*fits, *built}) < len(wanted):
         raise DataError(f"{path}: does not fit whole; are --set, --variant and --data the same?")
     net.load_state_dict(fits, strict=False)
 
@@ -385,7 +387,7 @@ def train_step(args, model, optimizer, recipe, batches, step):
 def train(args, module, recipe, net, data, dataset, held_out):
     """Train to args.steps; returns the last evaluation's metrics."""
     plan(args, recipe, dataset)
-    if hasattr(net, "prepare") and args.resume is None:
+    if getattr(net, "wants_pictures", False):
         net.prepare([dataset[i, i][0] for i in range(min(256, len(dataset)))])
     optimizer = torch.optim.AdamW(module.param_groups(net, recipe), lr=args.lr, fused=True)
     progress = dict(step=0, best=-math.inf, images_seen=0, seconds=0.0)
@@ -640,14 +642,7 @@ def run(args):
         raise DataError(f"--variant {args.variant}: {args.model} has {', '.join(module.CONFIGS)}")
     args.out = choose_out(args)
     path, data, continues = starting_point(args)
-    if continues:
-        args.variant, args.seed = data["variant"], data["seed"]
-        config, recipe = dict(data["config"]), dict(data["recipe"])
-    else:
-        config = dataclasses.asdict(module.CONFIGS[args.variant])
-        override([s for s in args.set if s.partition("=")[0] in config], config)
-        recipe = recipe_of(module, args.variant, config)
-    override(args.set, config, recipe)
+    config, recipe = settings(args, module, data if continues else None)
     args.recipe = recipe
     args.batch_size = args.batch_size or max(
         1, recipe["batch_size"] // args.world // args.accumulate
@@ -675,6 +670,21 @@ def run(args):
         report(args, train(args, module, recipe, net, data, dataset, held_out))
 
 
+def settings(args, module, data):
+    """Config and recipe as dicts, of the run in `data`, else of --variant; changed by --set."""
+    if data:
+        args.variant, args.seed = data["variant"], data["seed"]
+        config, recipe = dict(data["config"]), dict(data["recipe"])
+    else:
+        config = dataclasses.asdict(module.CONFIGS[args.variant])
+        override([s for s in args.set if s.partition("=")[0] in config], config)
+        recipe = recipe_of(module, args.variant, config)
+    override(args.set, config, recipe)
+    if "img_size" in config:
+        recipe["sizes"] = (config["img_size"],)
+    return config, recipe
+
+
 def recipe_of(module, variant, config):
     """The most special of the model's recipes for this variant and its task or head."""
     kinds = [kind for kind in (config.get("task"), config.get("head")) if kind]
@@ -695,6 +705,8 @@ def read_data(args, module, recipe, config, classes):
     if args.world > 1:
         dist.barrier()
     task = task_of(module.Config(**config))
+    if task not in coco.DATASETS:
+        raise DataError(f"--set task={task}: give pretrain or classify")
     if not args.eval_only:
         transform = coco.Transform(recipe, True, task)
         dataset = coco.DATASETS[task](root, "train", transform, args.limit)

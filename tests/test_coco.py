@@ -515,8 +515,9 @@ def test_any_folder_of_images_serves_for_pre_training(tmp_path):
     names = [i["file_name"] for d in (train, val) for i in d.images]
     assert len(set(names)) == 21
     (tmp_path / "more/01.png").write_bytes(b"not an image")
+    broken = coco.Pictures(tmp_path, "train")
     with pytest.raises(DataError, match="cannot read image"):
-        coco.Pictures(tmp_path, "train")
+        _ = [broken[i] for i in range(len(broken))]
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="neither annotations nor images to train on"):
         coco.Pictures(tmp_path / "empty", "train")

@@ -413,7 +413,7 @@ def test_weights_of_the_authors_segmenters_and_detectors_are_found(shapes, tmp_p
 
 # --- SimMIM ---------------------------------------------------------------------------------------
 
-TINY_SIMMIM = "img_size=64 embed_dim=32 depths=2 num_heads=2 sizes=64".split()
+TINY_SIMMIM = "img_size=64 embed_dim=32 depths=2 num_heads=2".split()
 
 
 @pytest.fixture(scope="session")
@@ -477,6 +477,17 @@ def test_a_pre_trained_encoder_goes_on_in_the_detectors(pretrained, shapes, tmp_
     assert ": 27 of " in capsys.readouterr().out
     assert run_yolos(*start, "--out", tmp_path / "yolos", "--set", *TINY_YOLOS, *size) == 0
     assert ": 28 of " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["mask=typo", "task=typo", "predict=typo", "mask_ratio=1.5", "resolution=0", "patch=12"],
+)
+def test_impossible_settings_of_simmim_are_answered_in_one_line(setting, shapes, tmp_path, capsys):
+    args = ["--model", "simmim", "--data", shapes, "--out", tmp_path / "run", "--set"]
+    assert run(*args, *TINY_SIMMIM, setting) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: --set") and message.count("\n") == 1
 
 
 def test_a_finished_run_is_not_overwritten(finished, shapes, capsys):
