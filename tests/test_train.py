@@ -479,6 +479,23 @@ def test_a_pre_trained_encoder_goes_on_in_the_detectors(pretrained, shapes, tmp_
     assert ": 28 of " in capsys.readouterr().out
 
 
+def test_swin_files_lack_its_index_tables_and_change_windows(shapes, tmp_path, capsys):
+    swin = "encoder=swin img_size=64 patch=4 depths=1,2 num_heads=1,2 embed_dim=16 window=4".split()
+    first = ("--model", "simmim", "--data", shapes, "--out", tmp_path / "first", "--steps", 1)
+    assert run(*first, "--set", *swin) == 0
+    state = torch.load(tmp_path / "first/last.pt", weights_only=True)["model"]
+    state = {k: v for k, v in state.items() if not k.endswith("relative_position_index")}
+    torch.save({"model": state}, tmp_path / "theirs.pth")
+    args = ("--model", "simmim", "--out", tmp_path / "drawn", "--init", tmp_path / "theirs.pth")
+    picture = next((shapes / "val2017").iterdir())
+    assert run(*args, "--predict", picture, "--set", *swin) == 0
+    capsys.readouterr()
+    tuned = ("--model", "simmim", "--data", shapes, "--out", tmp_path / "tuned", "--steps", 1)
+    settings = ["--set", *swin, "task=classify", "window=8"]
+    assert run(*tuned, "--init", tmp_path / "first/last.pt", *settings) == 0
+    assert ", 3 of them resized" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "setting",
     ["mask=typo", "task=typo", "predict=typo", "mask_ratio=1.5", "resolution=0", "patch=12"],
