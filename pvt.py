@@ -68,8 +68,8 @@ class Config:
 # Stages of PVT v2 (arXiv:2106.13797, Table 1).
 V2 = dict(design="v2")
 CONFIGS = {  # with the parameters as RetinaNet for 80 classes, and as classifier for 1000
-    # Differs: group_norm, and anchors for head=detr, because training from scratch takes the
-    # published heads far longer than minutes.
+    # Differs: group_norm, and for head=detr anchors and patch_loss, because training from scratch
+    # takes the published heads far longer than minutes.
     "nano": Config(embed_dims=(32, 64, 96, 128), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4),
                    mlp_ratios=(4, 4, 4, 4), drop_path=0.0, pos_size=128, head_dim=64, head_depth=2,
                    queries=25, group_norm=True, anchors=True, patch_loss=1.0),
@@ -164,6 +164,14 @@ class Block(nn.Module):
     def forward(self, x, mask=None):
         x = x + self.drop_path(self.attn(self.norm1(x), mask))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def run_blocks(blocks, x, recompute=False):
+    """Apply the blocks in turn; recompute trades time for memory (activation checkpointing)."""
+    for block in blocks:
+        recompute_now = recompute and torch.is_grad_enabled()
+        x = checkpoint(block, x, use_reentrant=False) if recompute_now else block(x)
+    return x
 
 
 def pad_batch(images, multiple):
@@ -353,11 +361,9 @@ class PyramidVisionTransformer(nn.Module):
                     x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
                     position = torch.cat([first, position], dim=1)
                 x = x + position  # (B, N, C)
-            for block in getattr(self, f"block{s}"):
-                recompute = c.checkpoint and self.training and torch.is_grad_enabled()
-                run = partial(checkpoint, block, use_reentrant=False) if recompute else block
-                x = run(x, grid)  # (B, N, C)
-            if c.design != "v1":  # Differs between the papers: v1's maps are not normalised
+            blocks = [partial(block, grid=grid) for block in getattr(self, f"block{s}")]
+            x = run_blocks(blocks, x, c.checkpoint)  # (B, N, C)
+            if c.design != "v1":  # v1's maps are not normalised
                 x = getattr(self, f"norm{s}")(x)  # (B, N, C)
             if s == 4 and self.has_token:
                 token, x = x[:, 0], x[:, 1:]
@@ -597,7 +603,7 @@ class RetinaNet(nn.Module):
     def loss(self, outputs, targets, sizes):
         """Focal loss of all anchors and L1 of those with an object, by the number of the latter.
 
-        Differs: it is this process's number, as released; not averaged over processes.
+        As released that is this process's number, not the mean over processes.
         """
         logits, deltas, anchors = torch.cat(outputs[0], 1), torch.cat(outputs[1], 1), outputs[2]
         anchors, count = torch.cat(anchors), 0

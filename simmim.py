@@ -64,7 +64,8 @@ class Config:
 # fmt: off
 SWIN = dict(encoder="swin", img_size=192, patch=4, depths=(2, 2, 18, 2), drop_path=0.0)
 CONFIGS = {  # with the parameters in pre-training
-    # The blocks are those of mimdet.py's nano.
+    # Differs: a plain ViT on small patches, with squares no larger than they, so that hidden shapes
+    # can be told apart after minutes. Its blocks are those of mimdet.py's nano.
     "nano": Config(encoder="vit", img_size=128, patch=8, embed_dim=192, depths=(4,), num_heads=(3,),
                    mask_patch=8, drop_path=0.0),  # 1,903,680
     "vit_base": Config(),  # 86,256,720
@@ -212,6 +213,7 @@ def draw_mask(kind, cells, ratio, generator):
 
     "random": any cells; "square": one square at a random place, of about that many; "block": BEiT's
     rectangles, of at least 16 cells in 14 x 14, one after another (arXiv:2106.08254, Alg. 1).
+    Differs: of the last rectangle only as many cells are hidden as are wanted.
     """
     h, w = cells
     wanted = math.ceil(h * w * ratio)
@@ -352,6 +354,8 @@ class BEiT(nn.Module):
     """The paper's ViT: relative positions alone, in one table while pre-training (Sec. 4.2).
 
     For classification each block has a table, and the norm comes after the mean over patches.
+    Differs: initial weights are not cut off at one standard deviation, nor those of a classifier
+    scaled by 0.001.
     """
 
     def __init__(self, c):
@@ -547,8 +551,9 @@ PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss
 class Target(nn.Module):
     """What a masked place should be answered with, and how far an answer is from it (Table 5).
 
-    `out` numbers are predicted for each place of images shrunk `resolution` times. "tokens" stand
-    for BEiT's: the nearest of `clusters` patches found by k-means, where BEiT has a trained dVAE.
+    `out` numbers are predicted for each place of images shrunk `resolution` times.
+    Differs: "tokens" are the nearest of `clusters` patches found by k-means, where the paper takes
+    BEiT's trained dVAE; "color_cluster" has a palette of the data at hand, not iGPT's.
     """
 
     def __init__(self, c, stride):

@@ -68,6 +68,19 @@ def example(*sizes, objects=2, num_classes=3):
     return images, targets
 
 
+def losses_of_training(model, images, targets, steps, lr):
+    """Total loss of each step on one batch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    totals = []
+    for _ in range(steps):
+        loss = sum(model.train()(images, targets).values())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        totals.append(loss.item())
+    return totals
+
+
 @pytest.fixture
 def model():
     torch.manual_seed(0)
@@ -338,14 +351,7 @@ def test_overfits_one_batch(model):
     """40 steps bring the loss below 0.6 of where it began."""
     torch.manual_seed(0)
     images, targets = example((64, 64), (64, 96), objects=1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    totals = []
-    for _ in range(40):
-        loss = sum(model.train()(images, targets).values())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        totals.append(loss.item())
+    totals = losses_of_training(model, images, targets, steps=40, lr=2e-3)
     assert sum(totals[-5:]) / 5 < 0.6 * totals[0], totals
 
 
@@ -549,14 +555,7 @@ def test_specialisation_is_one_for_what_the_token_tells_and_none_for_the_rest():
 def test_yolos_overfits_one_batch():
     """60 steps halve the loss."""
     model, (images, targets) = yolos_model(), example((64, 64), (64, 96), objects=1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    totals = []
-    for _ in range(60):
-        loss = sum(model.train()(images, targets).values())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        totals.append(loss.item())
+    totals = losses_of_training(model, images, targets, steps=60, lr=2e-3)
     assert sum(totals[-5:]) / 5 < 0.5 * totals[0], totals
 
 
@@ -825,16 +824,9 @@ def test_pvt_decays_and_slows_what_the_released_recipes_do():
 
 @pytest.mark.parametrize("head", list(pvt.HEADS))
 def test_pvt_overfits_one_batch(head):
-    """60 steps bring the loss below 0.6 of where it began."""
+    """40 steps bring the loss below 0.6 of where it began."""
     model, (images, targets) = pvt_model(head), pvt_example(head, (64, 64), (64, 96), objects=1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    totals = []
-    for _ in range(60):
-        loss = sum(model.train()(images, targets).values())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        totals.append(loss.item())
+    totals = losses_of_training(model, images, targets, steps=40, lr=2e-3)
     assert sum(totals[-5:]) / 5 < 0.6 * totals[0], totals
 
 
@@ -905,7 +897,8 @@ def test_avg_dist_equals_brute_force():
 )
 def test_avg_dist_is_the_papers(kind, patch, ratio, published):
     generator, side = torch.Generator().manual_seed(0), 192 // patch
-    masks = [simmim.draw_mask(kind, (side, side), ratio, generator) for _ in range(500)]
+    draws = 50 if patch <= 16 else 500  # many small squares vary little
+    masks = [simmim.draw_mask(kind, (side, side), ratio, generator) for _ in range(draws)]
     mean = sum(simmim.avg_dist(mask, patch) for mask in masks) / len(masks)
     assert mean == pytest.approx(published, rel=0.03)
 
@@ -933,12 +926,12 @@ def test_every_target_and_head_learns_and_draws(target, head):
             simmim_model(target=target, head=head)
         return
     model = simmim_model(target=target, head=head)
-    images = list(torch.rand(4, 3, 64, 64))
+    images = list(torch.rand(2, 3, 64, 64))
     assert model.wants_pictures == (target in ("color_cluster", "tokens"))
     if model.wants_pictures:
         model.prepare(images)
         assert not model.wants_pictures
-    loss = model(images, [{}] * 4)["loss_mim"]
+    loss = model(images, [{}] * 2)["loss_mim"]
     loss.backward()
     assert torch.isfinite(loss) and model.encoder.mask_token.grad.any()
     answer = model.eval()(images)[0]
@@ -1056,14 +1049,7 @@ def test_simmim_overfits_one_batch():
     """150 steps on one picture of 4 x 4 colours halve the loss."""
     picture = torch.rand(3, 4, 4).repeat_interleave(16, 1).repeat_interleave(16, 2)
     model = simmim_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    totals = []
-    for _ in range(150):
-        loss = sum(model.train()([picture] * 2, [{}] * 2).values())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        totals.append(loss.item())
+    totals = losses_of_training(model, [picture] * 2, [{}] * 2, steps=150, lr=3e-3)
     assert sum(totals[-10:]) / 10 < 0.5 * totals[0], totals
 
 

@@ -222,17 +222,17 @@ def load_weights(net, module, args, path, data, exact):
     net.load_state_dict(fits, strict=False)
 
 
-def write_whole(path, write, data):
-    """Let write(data, file) make a file so that a crash leaves the old one or the new, whole."""
+def write_whole(path, write):
+    """Let write(file) make a file so that a crash leaves the old one or the new, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
-        write(data, file)
+        write(file)
     os.replace(partial, path)
 
 
 def write_json(path, data):
-    write_whole(path, lambda data, file: file.write(json.dumps(data).encode()), data)
+    write_whole(path, lambda file: file.write(json.dumps(data).encode()))
 
 
 # --- 3. Evaluate ----------------------------------------------------------------------------------
@@ -467,7 +467,8 @@ def save_run(args, name, net, optimizer, dataset, progress):
         about = dict(name=args.model, variant=args.variant, seed=args.seed, classes=dataset.classes)
         states = dict(model=net.state_dict(), optimizer=optimizer.state_dict())
         settings = dict(config=dataclasses.asdict(net.config), recipe=args.recipe)
-        write_whole(args.out / name, torch.save, about | states | progress | settings)
+        data = about | states | progress | settings
+        write_whole(args.out / name, lambda file: torch.save(data, file))
 
 
 class Log:
