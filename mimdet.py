@@ -42,6 +42,8 @@ class Config:
     drop_path: float = 0.1  # of the last encoder block, growing linearly from 0
     decoder_dim: int = 512  # decoder width C'; its heads are 32 wide, as MAE's
     decoder_depth: int = 4  # the first 4 of MAE's 8 blocks (Sec. 3.2)
+    stem: str = "conv"  # "conv": four 3x3 convolutions; "patch": plain patches, one map for all
+    patch: int = 16  # side of the patches: 16, or 4, 8, 32 without the convolutions
     grid: int = 50  # side of the stored position tables: 800 px / 16
     sample_ratio: float = 0.5  # share of the tokens the encoder sees in training (Table 1)
     # Differs: the released code samples at sample_ratio in prediction too, unless overridden.
@@ -190,6 +192,17 @@ def group_by_padded_size(images, multiple):
     return groups.values()
 
 
+class PatchEmbed(nn.Module):
+    """Image (B, 3, H, W) -> one vector for every p x p patch, (B, C, H/p, W/p)."""
+
+    def __init__(self, dim, patch=16):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch, stride=patch)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
 # --- 3. This paper --------------------------------------------------------------------------------
 
 
@@ -217,17 +230,17 @@ class ConvStem(nn.Module):
         return maps[1:]  # (B, C/4, H/4, W/4), (B, C/2, H/8, W/8), (B, C, H/16, W/16)
 
 
-def sample_tokens(noise, sizes, grid, ratio):
+def sample_tokens(noise, sizes, grid, ratio, stride=16):
     """Ids (B, int(N * ratio)) of the tokens to keep: those of the smallest noise (B, N) (Sec. 3.1).
 
     Tokens that lie wholly in padding come last, so they are kept only where an image has too few
     real ones. N counts the padded grid, as in the released code: every image of a batch keeps
     equally many.
     """
-    noise = noise.unflatten(1, grid).clone()  # (B, H/16, W/16)
+    noise = noise.unflatten(1, grid).clone()  # (B, H/stride, W/stride)
     for image_noise, (h, w) in zip(noise, sizes, strict=True):
-        image_noise[math.ceil(h / 16) :] = 100
-        image_noise[:, math.ceil(w / 16) :] = 100
+        image_noise[math.ceil(h / stride) :] = 100
+        image_noise[:, math.ceil(w / stride) :] = 100
     keep = max(1, int(grid[0] * grid[1] * ratio))
     return noise.flatten(1).argsort(dim=1)[:, :keep]
 
@@ -237,8 +250,11 @@ class Encoder(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.recompute = c.checkpoint
-        self.patch_embed = ConvStem(c.embed_dim)
+        if (c.stem, c.patch) not in [("conv", 16), *(("patch", side) for side in (4, 8, 16, 32))]:
+            raise ValueError('give stem="conv" and patch=16, or stem="patch" and 4, 8, 16 or 32')
+        self.recompute, self.stride = c.checkpoint, c.patch
+        conv = c.stem == "conv"
+        self.patch_embed = ConvStem(c.embed_dim) if conv else PatchEmbed(c.embed_dim, c.patch)
         # Frozen, and stored with the row of MAE's class token, as in the released files.
         self.pos_embed = nn.Parameter(sincos_pos_embed(c.embed_dim, c.grid), requires_grad=False)
         self.blocks = nn.ModuleList(
@@ -248,17 +264,18 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(c.embed_dim, eps=1e-5)
 
     def forward(self, x, sizes, ratio, noise=None):
-        c2, c3, stem = self.patch_embed(x)
+        maps = self.patch_embed(x)
+        *fine, stem = maps if isinstance(maps, list) else [maps]  # stem (B, C, H/16, W/16)
         tokens = stem.flatten(2).transpose(1, 2)  # (B, N, C)
         tokens = tokens + pos_embed_for(self.pos_embed, stem.shape[-2:])
         ids = None
         if ratio < 1 or self.training:
             if noise is None:
                 noise = torch.rand(*tokens.shape[:2], device=x.device)  # (B, N)
-            ids = sample_tokens(noise, sizes, stem.shape[-2:], ratio)  # (B, N_kept)
+            ids = sample_tokens(noise, sizes, stem.shape[-2:], ratio, self.stride)  # (B, N_kept)
             tokens = tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
         tokens = self.norm(run_blocks(self.blocks, tokens, self.recompute))  # (B, N_kept, C)
-        return tokens, ids, (c2, c3, stem)
+        return tokens, ids, (*fine, stem)
 
 
 class Decoder(nn.Module):
@@ -294,6 +311,17 @@ class Decoder(nn.Module):
         x = x + pos_embed_for(self.decoder_pos_embed, (H, W))
         x = self.decoder_norm(run_blocks(self.decoder_blocks, x, self.recompute))
         return x.transpose(1, 2).unflatten(2, (H, W))  # (B, C', H/16, W/16)
+
+
+class ScaleMap(nn.Sequential):
+    """Map of stride `old` -> stride `new`: deconvolutions up, pooling down (arXiv:2111.11429)."""
+
+    def __init__(self, dim, old, new):
+        layers = [nn.MaxPool2d(new // old)] if new > old else []
+        while old > new:
+            layers += [nn.ConvTranspose2d(dim, dim, 2, 2), nn.GroupNorm(1, dim), nn.GELU()]
+            old //= 2
+        super().__init__(*layers)
 
 
 def pos_embed_for(table, grid):
@@ -551,6 +579,11 @@ class MIMDet(nn.Module):
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
         widths = [c.embed_dim // 4, c.embed_dim // 2, c.decoder_dim, c.decoder_dim]
+        if c.stem == "patch":  # the decoder's map alone makes the pyramid
+            widths = [c.decoder_dim] * 4
+            self.scales = nn.ModuleList(
+                ScaleMap(c.decoder_dim, c.patch, 4 * 2**i) for i in range(4)
+            )
         self.fpn = FeaturePyramidNetwork(widths, c.fpn_dim, LastLevelMaxPool(), nn.BatchNorm2d)
         self.rpn = RPN(c.fpn_dim)
         self.box_head = BoxHead(c.fpn_dim, num_classes)
@@ -602,9 +635,11 @@ class MIMDet(nn.Module):
 
     def backbone(self, x, sizes, ratio, noise=None):
         """Maps c2..c5, strides 4 to 32, of a padded batch; noise (B, N) decides what is kept."""
-        tokens, ids, (c2, c3, stem) = self.encoder(x, sizes, ratio, noise)
+        tokens, ids, (*fine, stem) = self.encoder(x, sizes, ratio, noise)
         c4 = self.decoder(tokens, ids, stem)
-        return [c2, c3, c4, F.max_pool2d(c4, 2)]
+        if self.config.stem == "patch":
+            return [scale(c4) for scale in self.scales]
+        return [*fine, c4, F.max_pool2d(c4, 2)]
 
     def pyramid(self, x, sizes, ratio, noise=None):
         """Maps p2..p6 (B, fpn_dim, H/4, W/4) ... (B, fpn_dim, H/64, W/64)."""
@@ -698,6 +733,7 @@ def param_groups(model, recipe):
     for name, p in model.named_parameters():
         if p.requires_grad:
             stem, vit = name.startswith("encoder.patch_embed."), name.startswith("encoder.")
+            stem &= model.config.stem == "conv"
             scale = 1.0 if stem else 1 / spread if vit else spread
             groups.setdefault((scale, p.ndim > 1), []).append(p)
     return [
@@ -737,6 +773,7 @@ def from_official(state_dict, config=CONFIGS["base"]):
     blocks = [f"decoder_blocks.{i}." for i in range(config.decoder_depth)]
     wanted = ["blocks.", "norm.", "pos_embed", *blocks]
     wanted += ["decoder_embed.", "decoder_norm.", "decoder_pos_embed"]
+    wanted += ["patch_embed."] if config.stem == "patch" else []
     wanted += ["mask_token"] if config.fill == "mask" and "decoder_embed.weight" in state else []
     vit = {}
     for key, value in state.items():

@@ -234,6 +234,14 @@ def test_learning_rate_groups_are_the_released_ones():
     assert count == {0.5: 85_056_000, 1.0: 4_079_712, 2.0: 35_617_776}
 
 
+def test_a_plain_stem_learns_as_slowly_as_the_blocks():
+    model = mimdet.build(replace(TINY, stem="patch"), 3)
+    groups = mimdet.param_groups(model, mimdet.RECIPES["nano"])
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert scale[id(model.encoder.patch_embed.proj.weight)] == 0.5
+    assert scale[id(model.scales[0][0].weight)] == 2
+
+
 def test_every_parameter_gets_a_finite_gradient(model):
     losses = model.train()(*example((64, 96), (96, 64)))
     assert list(losses) == ["loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box", "loss_mask"]
@@ -335,6 +343,31 @@ def test_full_ratio_equals_no_shuffling_and_dropped_places_are_filled_from_the_s
     )
 
 
+@pytest.mark.parametrize("patch", [4, 8, 16, 32])
+def test_plain_patches_make_the_pyramid_from_one_map(patch):
+    torch.manual_seed(0)
+    model = mimdet.build(replace(TINY, stem="patch", patch=patch), 3).train()
+    images, targets = example((64, 96), (96, 64))
+    sum(model(images, targets).values()).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None or not p.requires_grad, name
+    x, sizes = mimdet.pad_batch(images[:1], 32)
+    maps = model.backbone(x, sizes, 0.5)
+    assert [tuple(m.shape[2:]) for m in maps] == [(64 // s, 96 // s) for s in (4, 8, 16, 32)]
+    images = example((64, 96), (33, 47))[0]
+    with torch.no_grad():
+        for image, found in zip(images, model.eval()(images), strict=True):
+            same(model([image])[0], found)
+
+
+def test_small_patches_in_padding_are_not_sampled():
+    ids = mimdet.sample_tokens(torch.rand(1, 96), [(33, 50)], (8, 12), 0.36, stride=8)
+    assert all(i // 12 < 5 and i % 12 < 7 for i in ids[0].tolist())  # 34 of the 35 real ones
+    model = mimdet.build(replace(TINY, stem="patch", patch=8, eval_ratio=0.5), 3).eval()
+    ids = model.encoder(torch.rand(1, 3, 64, 96), [(33, 96)], 0.5)[1]
+    assert all(i // 12 < 5 for i in ids[0].tolist())
+
+
 @torch.no_grad()
 def test_portrait_and_landscape_have_different_position_tables(model):
     landscape = mimdet.pos_embed_for(model.encoder.pos_embed, (4, 6))
@@ -364,6 +397,11 @@ def yolos_model(seed=0, **fields):
 
 
 PLAIN = dict(stem="patch", anchors=False, patch_loss=0.0, xavier=False, mid_pos_grid=(4, 6))
+YOLOS_DESIGNS = [
+    pytest.param({}, id="nano"),
+    pytest.param(PLAIN, id="plain"),
+    pytest.param(dict(stem="patch", patch=8), id="patch8"),
+]
 
 
 @pytest.mark.parametrize(
@@ -432,12 +470,12 @@ def test_more_objects_than_det_tokens_are_matched_as_far_as_the_tokens_go():
     assert all(torch.isfinite(loss) for loss in losses.values())
 
 
-@pytest.mark.parametrize("fields", [{}, PLAIN], ids=["nano", "plain"])
+@pytest.mark.parametrize("fields", YOLOS_DESIGNS)
 def test_every_parameter_of_yolos_gets_a_finite_gradient(fields):
     model = yolos_model(**fields, checkpoint=True).train()
     losses = model(*example((64, 96), (96, 64)))
     names = ["loss_cls", "loss_box", "loss_giou"]
-    names += [] if fields else ["loss_patch_cls", "loss_patch_box", "loss_patch_giou"]
+    names += [] if fields is PLAIN else ["loss_patch_cls", "loss_patch_box", "loss_patch_giou"]
     assert list(losses) == names
     sum(losses.values()).backward()
     for name, p in model.named_parameters():
@@ -453,7 +491,7 @@ def test_yolos_has_losses_without_any_object():
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("fields", [{}, PLAIN], ids=["nano", "plain"])
+@pytest.mark.parametrize("fields", YOLOS_DESIGNS)
 @pytest.mark.parametrize("size", [(64, 96), (96, 64), (33, 47), (112, 112), (1, 70)])
 @torch.no_grad()
 def test_yolos_answers_for_any_size_alone_as_in_company(fields, size):
@@ -518,7 +556,7 @@ def test_any_number_of_det_tokens(count):
     points = yolos.anchor_points(count)
     assert points.shape == (count, 2) and len(points.unique(dim=0)) == count
     assert ((points > 0) & (points < 1)).all()
-    for fields in ({}, PLAIN):
+    for fields in ({}, PLAIN, dict(stem="patch", patch=8)):
         model = yolos_model(det_tokens=count, **fields)
         assert len(model(example((64, 64))[0])[0]["boxes"]) == count
 
@@ -1202,7 +1240,12 @@ def test_an_encoder_goes_from_simmim_to_the_detectors():
     config = replace(TINY_SIMMIM, embed_dim=64)
     source = simmim.build(config, 3)
     torch.manual_seed(1)
-    for module, tiny, prefix in ((mimdet, TINY, "encoder."), (yolos, TINY_YOLOS, "backbone.")):
+    plain = replace(TINY, stem="patch", patch=config.patch)
+    for module, tiny, prefix in (
+        (mimdet, TINY, "encoder."),
+        (mimdet, plain, "encoder."),
+        (yolos, TINY_YOLOS, "backbone."),
+    ):
         detector_config = replace(tiny, embed_dim=64, depth=2, num_heads=2)
         detector = module.build(detector_config, 3)
         state = module.from_official(source.state_dict(), detector_config)
@@ -1213,6 +1256,9 @@ def test_an_encoder_goes_from_simmim_to_the_detectors():
         assert torch.equal(
             detector.get_parameter(f"{prefix}norm.weight"), source.encoder.norm.weight
         )
+        if tiny is plain:
+            proj = detector.encoder.patch_embed.proj.weight
+            assert torch.equal(proj, source.encoder.patch_embed.proj.weight)
 
 
 # --- The files as texts ---------------------------------------------------------------------------

@@ -41,7 +41,8 @@ class Config:
     no_object_weight: float = 0.1  # of the tokens without an object in the classification loss
     checkpoint: bool = False  # recompute blocks in the backward pass, to save memory
     # The departures of nano, which learns from scratch in minutes; off in the paper's variants.
-    stem: str = "patch"  # "patch": one 16x16 convolution; "conv": MIMDet's four 3x3 ones
+    stem: str = "patch"  # "patch": one convolution; "conv": MIMDet's four 3x3 ones
+    patch: int = 16  # side of the patches; 16 with "conv"
     anchors: bool = False  # [DET] tokens stand on points of a grid: see anchor_points
     patch_loss: float = 0.0  # weight of the same losses on patches, matched to what covers them
     xavier: bool = False  # initial weights of the blocks: Xavier instead of normal with std 0.02
@@ -221,8 +222,8 @@ class Backbone(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config = c
-        if c.stem not in ("patch", "conv"):
-            raise ValueError(f'stem must be "patch" or "conv", not "{c.stem}"')
+        if c.patch < 1 or c.stem != "patch" and (c.stem, c.patch) != ("conv", 16):
+            raise ValueError('give stem="patch" and a patch, or stem="conv" and patch=16')
         grids = [c.pos_grid, c.mid_pos_grid or c.pos_grid]
         if c.det_tokens < 1 or any(len(grid) != 2 or min(grid) < 1 for grid in grids):
             raise ValueError("give det_tokens of 1 or more, and position grids like 50,84")
@@ -230,7 +231,8 @@ class Backbone(nn.Module):
             raise ValueError("anchors need a square pos_grid and an embed_dim divisible by 4")
         if c.stem == "conv" and c.embed_dim < 8:
             raise ValueError("stem=conv needs an embed_dim of 8 or more")
-        self.patch_embed = ConvStem(c.embed_dim) if c.stem == "conv" else PatchEmbed(c.embed_dim)
+        conv = c.stem == "conv"
+        self.patch_embed = ConvStem(c.embed_dim) if conv else PatchEmbed(c.embed_dim, c.patch)
         self.cls_token = nn.Parameter(trunc_normal(1, 1, c.embed_dim))
         self.det_token = nn.Parameter(trunc_normal(1, c.det_tokens, c.embed_dim))
         self.pos_embed = nn.Parameter(initial_positions(c))
@@ -272,9 +274,9 @@ class Backbone(nn.Module):
         return x[:, -c.det_tokens :], x[:, 1 : -c.det_tokens].unflatten(1, (H, W))
 
 
-def token_grids(sizes):
+def token_grids(sizes, patch=16):
     """Whole patches (h, w) in images of these sizes, as the released convolution has them."""
-    return [(max(1, h // 16), max(1, w // 16)) for h, w in sizes]
+    return [(max(1, h // patch), max(1, w // patch)) for h, w in sizes]
 
 
 def real_tokens(grids, det_tokens, device):
@@ -459,12 +461,13 @@ class YOLOS(nn.Module):
         labels (Q,), tokens (Q,): the [DET] token that answered), best first.
         """
         if targets is not None:
-            return self.loss(*pad_batch(images, 16), targets)
+            return self.loss(*pad_batch(images, self.config.patch), targets)
         sizes = sizes or [image.shape[-2:] for image in images]
         results = [None] * len(images)
-        for group in group_by_padded_size(images, 16):
-            x, true_sizes = pad_batch([images[i] for i in group], 16)
-            found = self.detect(x, token_grids(true_sizes))
+        patch = self.config.patch
+        for group in group_by_padded_size(images, patch):
+            x, true_sizes = pad_batch([images[i] for i in group], patch)
+            found = self.detect(x, token_grids(true_sizes, patch))
             for i, logits, boxes_norm in zip(group, *found, strict=True):
                 results[i] = select_best(logits, boxes_norm, sizes[i])
         return results
@@ -491,7 +494,8 @@ class YOLOS(nn.Module):
         return self.class_embed(tokens), boxes.sigmoid()
 
     def loss(self, x, sizes, targets):
-        c, grids, points = self.config, token_grids(sizes), self.points(x)
+        c = self.config
+        grids, points = token_grids(sizes, c.patch), self.points(x)
         tokens, patches = self.backbone(x, grids)
         found = self.heads(tokens, points)
         targets = [
@@ -517,18 +521,19 @@ class YOLOS(nn.Module):
 
     def dense(self, images):
         """Every layer once, on fixed shapes: what --summary counts."""
-        x, sizes = pad_batch(images, 16)
-        tokens, _ = self.backbone(x, token_grids(sizes))
+        x, sizes = pad_batch(images, self.config.patch)
+        tokens, _ = self.backbone(x, token_grids(sizes, self.config.patch))
         self.class_embed(tokens), self.bbox_embed(tokens)
 
     @torch.no_grad()
     def attention(self, image):
-        """Where each [DET] token looks in the last block: (Q, h, H/16, W/16), each head's softmax.
+        """Where each [DET] token looks in the last block: (Q, h, H/p, W/p), each head's softmax.
 
         A map sums to less than one: tokens attend to each other and to the class token too.
         """
-        x, sizes = pad_batch([image], 16)
-        (grid,), last, seen = token_grids(sizes), self.backbone.blocks[-1], []
+        x, sizes = pad_batch([image], self.config.patch)
+        (grid,) = token_grids(sizes, self.config.patch)
+        last, seen = self.backbone.blocks[-1], []
         hook = last.norm1.register_forward_hook(lambda *args: seen.append(args[-1]))
         self.backbone(x, [grid])
         hook.remove()
