@@ -208,12 +208,13 @@ def trunc_normal(*shape):
 # --- 3. This paper --------------------------------------------------------------------------------
 
 
-def draw_mask(kind, cells, ratio, generator):
+def draw_mask(kind, cells, ratio, generator, side=16):
     """Which cells of a grid (h, w) are hidden: (h, w) bool, ceil(ratio * h * w) of them.
 
     "random": any cells; "square": one square at a random place, of about that many; "block": BEiT's
-    rectangles, of at least 16 cells in 14 x 14, one after another (arXiv:2106.08254, Alg. 1).
-    Differs: of the last rectangle only as many cells are hidden as are wanted.
+    rectangles, of at least 64 x 64 pixels if `side` is a cell's, one after another
+    (arXiv:2106.08254, Alg. 1).
+    Differs: where no rectangle fits in ten tries a part of the last one fills up what is wanted.
     """
     h, w = cells
     wanted = math.ceil(h * w * ratio)
@@ -229,17 +230,18 @@ def draw_mask(kind, cells, ratio, generator):
         y, x = draw(0, h - side), draw(0, w - side)
         mask[y : y + side, x : x + side] = True
     elif kind == "block":
-        least = h * w * 16 / 196
+        least, tries = min(wanted, (64 / side) ** 2), 0
         while (left := wanted - int(mask.sum())) > 0:
             area, aspect = torch.rand(2, generator=generator).tolist()
             area = least + area * (max(least, left) - least)
             aspect = 0.3 ** (1 - 2 * aspect)
-            rows = min(h, max(1, round(math.sqrt(area * aspect))))
-            columns = min(w, max(1, round(math.sqrt(area / aspect))))
-            y, x = draw(0, h - rows), draw(0, w - columns)
+            rows, columns = (max(1, round(math.sqrt(x))) for x in (area * aspect, area / aspect))
+            y, x = draw(0, max(0, h - rows)), draw(0, max(0, w - columns))
             block = mask[y : y + rows, x : x + columns]
-            fresh = (~block).nonzero()[:left]  # the last block may be too large: its first rows
-            block[fresh[:, 0], fresh[:, 1]] = True
+            fresh, tries = (~block).nonzero(), tries + 1
+            if tries == 10 or (rows < h and columns < w and len(fresh) <= left):
+                fresh, tries = fresh[:left], 0
+                block[fresh[:, 0], fresh[:, 1]] = True
     else:
         raise ValueError(f'mask must be "random", "square" or "block", not "{kind}"')
     return mask
@@ -422,6 +424,8 @@ class Swin(nn.Module):
         self.width, self.recompute = c.embed_dim * 2 ** (len(c.depths) - 1), c.checkpoint
         v2 = c.encoder == "swin_v2"
         merging = PatchMergingV2 if v2 else PatchMerging
+        if v2 and c.img_size <= self.stride:
+            raise ValueError(f"swin_v2 needs an img_size of {2 * self.stride} or more")
         self.patch_embed = SwinEmbed(c.embed_dim, c.patch)
         if c.task == "pretrain":
             self.mask_token = nn.Parameter(trunc_normal(1, 1, c.embed_dim))
@@ -680,7 +684,7 @@ class SimMIM(nn.Module):
                 content = (image * 255).byte().cpu().numpy().tobytes()
                 generator = torch.Generator().manual_seed(zlib.crc32(content))
             cells = [side // c.mask_patch for side in image.shape[1:]]
-            mask = draw_mask(c.mask, cells, c.mask_ratio, generator)
+            mask = draw_mask(c.mask, cells, c.mask_ratio, generator, c.mask_patch)
             masks.append(mask.repeat_interleave(scale, 0).repeat_interleave(scale, 1))
         return torch.stack(masks)
 

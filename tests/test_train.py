@@ -498,11 +498,12 @@ def test_swin_files_lack_its_index_tables_and_change_windows(shapes, tmp_path, c
 
 @pytest.mark.parametrize(
     "setting",
-    ["mask=typo", "task=typo", "predict=typo", "mask_ratio=1.5", "resolution=0", "patch=12"],
+    ["mask=typo", "task=typo", "predict=typo", "mask_ratio=1.5", "resolution=0", "patch=12"]
+    + ["encoder=swin_v2 depths=1,1,1,1,1 num_heads=1,1,1,1,1"],
 )
 def test_impossible_settings_of_simmim_are_answered_in_one_line(setting, shapes, tmp_path, capsys):
     args = ["--model", "simmim", "--data", shapes, "--out", tmp_path / "run", "--set"]
-    assert run(*args, *TINY_SIMMIM, setting) == 2
+    assert run(*args, *TINY_SIMMIM, *setting.split()) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: --set") and message.count("\n") == 1
 
