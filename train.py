@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import sys
@@ -72,19 +73,19 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def override(settings, *tables):
+def override(settings, *tables, where="--set"):
     """Apply "field=value" texts to the first table that has the field; values keep their type."""
     for setting in settings:
         name, equals, text = setting.partition("=")
         table = next((t for t in tables if name in t), None)
         if not equals or table is None:
             known = ", ".join(field for t in tables for field in t)
-            raise DataError(f"--set {setting}: give FIELD=VALUE with a field of {known}")
+            raise DataError(f"{where} {setting}: give FIELD=VALUE with a field of {known}")
         try:
             table[name] = parse_value(text, table[name])
         except (ValueError, KeyError, IndexError):
             now = f"{name} is now {table[name]!r}, give a value like it"
-            raise DataError(f"--set {setting}: {now}") from None
+            raise DataError(f"{where} {setting}: {now}") from None
 
 
 def parse_value(text, old):
@@ -162,12 +163,39 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         why = f"not a checkpoint of plain tensors, or damaged ({reason})"
         raise DataError(f"{path}: {why}") from None
     if not isinstance(data, dict):
         raise DataError(f"{path}: holds a {type(data).__name__}, not a dict of weights")
     return data
+
+
+@contextlib.contextmanager
+def reading(path):
+    """What a file of unknown origin breaks is said in one line: the file is wrong, not the code."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        reason = f"{type(e).__name__}: {e}".strip().splitlines()[0]
+        raise DataError(f"{path}: damaged, or not made for this model ({reason})") from None
+
+
+RUN = dict(variant=str, seed=int, classes=list, config=dict, recipe=dict, model=dict)
+RUN |= dict(optimizer=dict, step=int, best=float, images_seen=int, seconds=float)
+PLAN = dict(about=str, schedule=int, batch_size=int, lr=float)
+
+
+def check_run(path, data):
+    """Refuse a file that says it is a run of ours if its parts are not what save_run writes."""
+    plan = data.setdefault("plan", {})  # older files have none
+    parts = [(data, RUN), (plan, PLAN)] if plan else [(data, RUN)]
+    parts += [(row, dict(id=int | str, name=str)) for row in data.get("classes") or [None]]
+    with reading(path):
+        for part, kinds in parts:
+            for key, kind in kinds.items():
+                if not isinstance(part[key], kind):
+                    raise TypeError(f"{key} is a {type(part[key]).__name__}")
 
 
 def starting_point(args):
@@ -177,14 +205,16 @@ def starting_point(args):
     """
     path, best = args.init, args.out / "best.pt"
     if args.resume is not None:
-        path = args.resume or args.out / "last.pt"
+        path = args.resume = args.resume or args.out / "last.pt"
     elif not path and (args.eval_only or args.predict):
         path = best if best.exists() else args.out / "last.pt"
         if not path.exists():
             raise DataError(f"{path}: no such file; train first or give weights with --init FILE")
     data = read_checkpoint(path) if path else {}
     own = data.get("name") == args.model
-    if args.resume is not None and not (own and "optimizer" in data):
+    if own:
+        check_run(path, data)
+    if args.resume is not None and not own:
         raise DataError(f"{path}: not a run of {args.model}; start from it with --init")
     return path, data, own and (args.resume is not None or args.eval_only or bool(args.predict))
 
@@ -193,11 +223,13 @@ def load_weights(net, module, args, path, data, exact):
     """Fill net from a checkpoint, ours or the authors', and say what became of every tensor."""
     parts = (data.get(key) for key in ("model", "state_dict"))  # where the authors keep weights
     source = next((part for part in parts if isinstance(part, dict)), data)
-    source = {k: v for k, v in source.items() if isinstance(v, torch.Tensor)}
+    source = {k: v for k, v in source.items() if isinstance(v, torch.Tensor) and isinstance(k, str)}
     own, now = data.get("name") == args.model, dataclasses.asdict(net.config)
     for field in ("task", "window", "img_size"):  # SimMIM's tables change with them
         own = own and data["config"].get(field) == now.get(field)
-    state, wanted = source if own else module.from_official(source, net.config), net.state_dict()
+    with reading(path):
+        state = source if own else module.from_official(source, net.config)
+    wanted = net.state_dict()
     built = [k for k in wanted if k.endswith(("num_batches_tracked", "relative_position_index"))]
     fits = {k: v for k, v in state.items() if k in wanted and v.shape == wanted[k].shape}
     shapes = {v.shape for v in source.values()}
@@ -219,16 +251,36 @@ def load_weights(net, module, args, path, data, exact):
         raise DataError(f"{path}: almost nothing fits {name}; is --variant right?")
     if exact and len({*fits, *built}) < len(wanted):
         raise DataError(f"{path}: does not fit whole; are --set, --variant and --data the same?")
-    net.load_state_dict(fits, strict=False)
+    with reading(path):
+        net.load_state_dict(fits, strict=False)
+
+
+def load_optimizer(optimizer, path, state):
+    """Go on with AdamW's averages; rates and decay stay the recipe's, which --set can change."""
+    params = itertools.chain(*(group["params"] for group in optimizer.param_groups))
+    shapes = {i: dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape) for i, p in enumerate(params)}
+    with reading(path):
+        for i, averages in state.items():
+            if {k: v.shape for k, v in averages.items() if v.is_floating_point()} != shapes[i]:
+                raise ValueError("the optimizer's state is of other weights")
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(dict(state=state, param_groups=groups))
 
 
 def write_whole(path, write):
-    """Let write(file) make a file so that a crash leaves the old one or the new, whole."""
+    """Let write(file) make a file so that a crash or full disk leaves the old one or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        write(file)
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name without content
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes the one into the other
+        partial.unlink(missing_ok=True)
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"{path}: cannot be written ({reason}); what was there is kept") from None
 
 
 def write_json(path, data):
@@ -392,7 +444,7 @@ def train(args, module, recipe, net, data, dataset, held_out):
     optimizer = torch.optim.AdamW(module.param_groups(net, recipe), lr=args.lr, fused=True)
     progress = dict(step=0, best=-math.inf, images_seen=0, seconds=0.0)
     if args.resume is not None:
-        optimizer.load_state_dict(data["optimizer"])
+        load_optimizer(optimizer, args.resume, data["optimizer"].get("state"))
         progress = {name: data[name] for name in progress}
         say(args, f"resuming after step {progress['step']}")
     model = torch.compile(net) if args.compile else net
@@ -639,11 +691,9 @@ def run(args):
     module = MODELS[args.model]
     if args.attention is not None and not args.predict:
         raise DataError("--attention goes with --predict IMAGE")
-    if args.variant not in module.CONFIGS:
-        raise DataError(f"--variant {args.variant}: {args.model} has {', '.join(module.CONFIGS)}")
     args.out = choose_out(args)
     path, data, continues = starting_point(args)
-    config, recipe = settings(args, module, data if continues else None)
+    config, recipe = settings(args, module, path, data if continues else None)
     args.recipe = recipe
     args.batch_size = args.batch_size or max(
         1, recipe["batch_size"] // args.world // args.accumulate
@@ -671,19 +721,30 @@ def run(args):
         report(args, train(args, module, recipe, net, data, dataset, held_out))
 
 
-def settings(args, module, data):
+def settings(args, module, path, data):
     """Config and recipe as dicts, of the run in `data`, else of --variant; changed by --set."""
     if data:
         args.variant, args.seed = data["variant"], data["seed"]
-        config, recipe = dict(data["config"]), dict(data["recipe"])
-    else:
-        config = dataclasses.asdict(module.CONFIGS[args.variant])
-        override([s for s in args.set if s.partition("=")[0] in config], config)
-        recipe = recipe_of(module, args.variant, config)
+    if args.variant not in module.CONFIGS:
+        raise DataError(f"--variant {args.variant}: {args.model} has {', '.join(module.CONFIGS)}")
+    config = dataclasses.asdict(module.CONFIGS[args.variant])
+    if data:  # as if given by --set: a file has no more rights than a command line
+        override(as_settings(data["config"]), config, where=f"{path}:")
+    override([s for s in args.set if s.partition("=")[0] in config], config)
+    recipe = recipe_of(module, args.variant, config)
+    if data:
+        override(as_settings(data["recipe"]), recipe, where=f"{path}:")
     override(args.set, config, recipe)
     if "img_size" in config:
         recipe["sizes"] = (config["img_size"],)
     return config, recipe
+
+
+def as_settings(table):
+    """The texts that --set would need to make this table of simple values."""
+    for name, value in table.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        yield f"{name}={text}"
 
 
 def recipe_of(module, variant, config):
@@ -751,6 +812,17 @@ def report(args, metrics):
     print(f"\nin {args.out}: " + "  ".join(sorted(path.name for path in args.out.iterdir())))
 
 
+def explain(error):
+    """One line for what the user can mend; None for a bug, whose traceback is wanted."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, DataError | OSError):
+        # A loader process wraps the message in its traceback: the last line is ours.
+        return lines[-1].removeprefix("coco.DataError: ")
+    if isinstance(error, MemoryError) or re.search("out of memory|DefaultCPUAllocator", lines[0]):
+        knobs = "a smaller --batch-size (with --accumulate), --set max_size=... or sizes=..."
+        return f"not enough memory; give {knobs}, or --set checkpoint=true ({lines[0]})"
+
+
 def main(argv=None):
     args = parse_args(argv)
     try:
@@ -759,14 +831,14 @@ def main(argv=None):
         else:
             settle(args)
             run(args)
-    except DataError as error:
-        # A loader process wraps the message in its traceback: the last line is ours.
-        line = str(error).strip().splitlines()[-1].removeprefix("coco.DataError: ")
+    except Exception as error:
+        if not (line := explain(error)):
+            raise
         print(f"error: {line}", file=sys.stderr)
         return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    # After an error the others are still waiting for this process, which must not wait for them.
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 0
 
 
