@@ -406,21 +406,23 @@ def plan(args, recipe, dataset):
 
 
 def check_finite(losses, step, targets):
-    bad = [name for name, loss in losses.items() if not torch.isfinite(loss)]
-    if bad:
+    if bad := [name for name, loss in losses.items() if not torch.isfinite(loss)]:
         ids = ", ".join(str(t["image_id"]) for t in targets)
-        raise DataError(
-            f"step {step}: {', '.join(bad)} is not finite on images {ids}; the last checkpoint is "
-            "kept. Try a lower --lr, --amp off, or look at these images"
-        )
+        raise not_finite(step, f"{', '.join(bad)} is not finite on images {ids}")
+
+
+def not_finite(step, what):
+    advice = "Try a lower --lr, --amp off, or look at these images"
+    return DataError(f"step {step}: {what}; the last checkpoint is kept. {advice}")
 
 
 def train_step(args, model, optimizer, recipe, batches, step):
-    """One update from --accumulate batches; returns the losses of the last of them."""
+    """One update from --accumulate batches; returns the mean of their losses."""
     torch.manual_seed(coco.random_seed(args.seed, step, args.rank))  # a resumed run draws the same
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_factor(step, args.schedule, recipe) * group["lr_scale"]
     model.train()
+    mean = {}
     for part in range(args.accumulate):
         images, targets = to_device(next(batches), args.device)
         last = part == args.accumulate - 1
@@ -429,11 +431,24 @@ def train_step(args, model, optimizer, recipe, batches, step):
                 losses = model(images, targets)
             check_finite(losses, step, targets)
             (sum(losses.values()) / args.accumulate).backward()
-    if recipe["clip"]:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["clip"])
+        for name, loss in losses.items():
+            mean[name] = mean.get(name, 0) + loss.detach() / args.accumulate
+    update(model, optimizer, recipe["clip"], step)
+    return mean
+
+
+def update(model, optimizer, clip, step):
+    """The optimiser's step with gradients clipped to the norm `clip`; not if one is not finite."""
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([grad for _, grad in named])
+    if not norm.isfinite():  # one number a step; only now look for the parameter
+        bad = [name.removeprefix("module.") for name, g in named if not g.isfinite().all()]
+        whose = ", ".join(bad[:3]) or "all parameters together"
+        raise not_finite(step, f"the gradient of {whose} is not finite")
+    if clip:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
     optimizer.step()
     optimizer.zero_grad()
-    return losses
 
 
 def train(args, module, recipe, net, data, dataset, held_out):
