@@ -388,19 +388,29 @@ def lr_factor(step, steps, recipe):
     return 0.1 ** sum(step >= part * steps for part in recipe["schedule"])
 
 
-def plan(args, recipe, dataset):
-    """Set args.steps (where to stop), schedule (its length in steps), total_batch and lr."""
+def plan(args, recipe, dataset, was):
+    """Set args.steps (where to stop), schedule (its length in steps), total_batch, lr and plan.
+
+    was: the plan of the run that --resume goes on with, which has to be the same, or {}.
+    """
     args.total_batch = total = args.batch_size * args.accumulate * args.world
     args.per_epoch = coco.steps_per_epoch(dataset, total)
-    args.schedule = args.steps
-    if args.epochs or not args.steps:
+    args.schedule = was.get("schedule", args.steps)
+    if args.epochs or not args.schedule:
         args.schedule = max(1, round((args.epochs or recipe["epochs"]) * args.per_epoch))
-        args.steps = min(args.steps or args.schedule, args.schedule)
+    args.steps = min(args.steps or args.schedule, args.schedule)
     if isinstance(recipe["schedule"], str) and recipe["schedule"] not in ("cosine", "poly"):
         known = "cosine, poly, or parts like 0.75,0.9"
         raise DataError(f"--set schedule={recipe['schedule']}: give {known}")
-    how = "as given" if args.lr else f"{recipe['lr']:g} x {total}/{recipe['batch_size']} images"
-    args.lr = args.lr or recipe["lr"] * total / recipe["batch_size"]
+    names = ", ".join(str(c["name"]) for c in dataset.classes)
+    about = f"{args.schedule} steps of {total} of {len(dataset)} images of {names:.80}"
+    if was and was["about"] != about:
+        told = f"{args.resume}: a run of {was['about']}; this is one of {about}; give the same "
+        raise DataError(told + "--data, --limit, --batch-size and --epochs, or go on with --init")
+    how = f"{recipe['lr']:g} x {total}/{recipe['batch_size']} images"
+    how = "as given" if args.lr else "as before" if was else how
+    args.lr = args.lr or was.get("lr") or recipe["lr"] * total / recipe["batch_size"]
+    args.plan = dict(about=about, schedule=args.schedule, batch_size=total, lr=args.lr)
     length = f"{args.steps} steps of {total} images, {args.steps / args.per_epoch:.3g} epochs"
     say(args, f"{length}; lr {args.lr:.3g} ({how})")
 
@@ -453,7 +463,7 @@ def update(model, optimizer, clip, step):
 
 def train(args, module, recipe, net, data, dataset, held_out):
     """Train to args.steps; returns the last evaluation's metrics."""
-    plan(args, recipe, dataset)
+    plan(args, recipe, dataset, data["plan"] if args.resume is not None else {})
     if getattr(net, "wants_pictures", False):
         net.prepare([dataset[i, i][0] for i in range(min(256, len(dataset)))])
     optimizer = torch.optim.AdamW(module.param_groups(net, recipe), lr=args.lr, fused=True)
@@ -533,7 +543,7 @@ def save_run(args, name, net, optimizer, dataset, progress):
     if args.rank == 0:
         about = dict(name=args.model, variant=args.variant, seed=args.seed, classes=dataset.classes)
         states = dict(model=net.state_dict(), optimizer=optimizer.state_dict())
-        settings = dict(config=dataclasses.asdict(net.config), recipe=args.recipe)
+        settings = dict(config=dataclasses.asdict(net.config), recipe=args.recipe, plan=args.plan)
         data = about | states | progress | settings
         write_whole(args.out / name, lambda file: torch.save(data, file))
 
@@ -710,9 +720,8 @@ def run(args):
     path, data, continues = starting_point(args)
     config, recipe = settings(args, module, path, data if continues else None)
     args.recipe = recipe
-    args.batch_size = args.batch_size or max(
-        1, recipe["batch_size"] // args.world // args.accumulate
-    )
+    total = (continues and data["plan"] or recipe)["batch_size"]
+    args.batch_size = args.batch_size or max(1, total // args.world // args.accumulate)
     classes = data["classes"] if data.get("name") == args.model else None
     dataset, held_out = None, None
     if args.data or not args.predict:
