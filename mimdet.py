@@ -656,7 +656,10 @@ class MIMDet(nn.Module):
         return losses | self.roi_losses(maps, proposals, targets)
 
     def roi_losses(self, maps, proposals, targets):
-        """Cross-entropy and L1 of sampled boxes, binary cross-entropy of the objects' masks."""
+        """Cross-entropy and L1 of sampled boxes, binary cross-entropy of the objects' masks.
+
+        Means over this process's boxes and objects, as released.
+        """
         c, K = self.config, self.num_classes
         rois, labels, wanted_boxes, mask_rois, wanted_masks = [], [], [], [], []
         for boxes, target in zip(proposals, targets, strict=True):

@@ -317,6 +317,9 @@ def autocast(args):
 def evaluate(args, net, dataset, tag):
     """Metrics over the whole data set; writes detections.json and a picture into args.out."""
     net.eval()
+    if args.world > 1:  # without SyncBatchNorm each has means of its own; rank 0's are saved
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
     results, drawn, began = [], {}, time.time()
     shapes = [(image["width"], image["height"]) for image in dataset.images]
     order = sorted(range(len(dataset)), key=shapes.__getitem__)  # equal sizes share a batch
@@ -333,7 +336,8 @@ def evaluate(args, net, dataset, tag):
     if args.world > 1:
         shards = [None] * args.world
         dist.all_gather_object(shards, results)
-        results = sum(shards, [])
+        place = {dataset.images[i]["id"]: n for n, i in enumerate(order)}  # as of one process
+        results = sorted(sum(shards, []), key=lambda result: place[result["image_id"]])
     if args.rank:
         return None
     metrics = coco.evaluate(dataset, results)
@@ -476,9 +480,11 @@ def train(args, module, recipe, net, data, dataset, held_out):
     if args.world > 1:
         ids = [args.device.index] if args.device.type == "cuda" else None
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    start, stop = (step * args.accumulate for step in (progress["step"], args.steps))
-    order = coco.Batches(dataset, args.batch_size, start, stop, args.seed, args.rank, args.world)
-    batches = iter(make_loader(args, dataset, batch_sampler=order))
+    size, first = args.batch_size, progress["step"]
+    share = size * args.accumulate  # of this process in a step, whose images it decides
+    order = coco.Batches(dataset, share, first, args.steps, args.seed, args.rank, args.world)
+    parts = (batch[i : i + size] for batch in order for i in range(0, share, size))
+    batches = iter(make_loader(args, dataset, batch_sampler=parts))
     eval_every = math.ceil(args.schedule / EVALUATIONS)
     log = Log(args, progress["step"], every=max(1, min(50, eval_every // 4)))
     interrupted = []
@@ -502,6 +508,8 @@ def train(args, module, recipe, net, data, dataset, held_out):
             save_run(args, "last.pt", net, optimizer, dataset, progress)
             saved = time.time()
         if stops:
+            if args.world > 1:  # whoever leaves first ends the others, who may be writing
+                dist.barrier()
             say(args, f"interrupted after step {done}; the same command goes on with")
             say(args, f"--resume {args.out / 'last.pt'}")
             sys.exit(130)
@@ -561,9 +569,15 @@ class Log:
 
     def step(self, done, losses, optimizer):
         args = self.args
-        if args.rank or (done % self.every and done != args.steps):
+        if done % self.every and done != args.steps:
             return
-        values = {name: round(loss.item(), 4) for name, loss in losses.items()}
+        values = torch.stack(list(losses.values()))
+        if args.world > 1:
+            dist.all_reduce(values)
+        if args.rank:
+            return
+        values = (values / args.world).tolist()
+        values = {name: round(value, 6) for name, value in zip(losses, values, strict=True)}
         now, epoch = time.time(), done / args.per_epoch
         speed = (done - self.shown) * args.total_batch / (now - self.clock)
         left = (args.steps - done) * (now - self.began) / (done - self.start)
@@ -593,6 +607,8 @@ def say(args, text):
 @torch.inference_mode()
 def predict(args, net, recipe, classes):
     """Draw detections on pictures and save each into args.out."""
+    if args.rank:
+        return
     net.eval()
     args.out.mkdir(parents=True, exist_ok=True)
     transform = coco.Transform(recipe, False, task_of(net.config))

@@ -416,7 +416,7 @@ def set_losses(logits, boxes_norm, targets, pairs, no_object_weight, number):
 
     Arguments and pairs as in hungarian_match. Queries without an object should answer the last
     class. The box losses are divided by `number`, averaged over all processes and at least 1; the
-    class loss is a mean weighted by class.
+    class loss is a mean weighted by class, as released of this process alone.
     """
     wanted = torch.full(logits.shape[:2], logits.shape[2] - 1, device=logits.device)  # (B, Q)
     for row, target, (query, item) in zip(wanted, targets, pairs, strict=True):

@@ -554,14 +554,31 @@ def test_boxes_alone_can_be_learned_from_data_with_masks(shapes, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["simmim", "mimdet", "yolos", "pvt"])
-def test_two_processes_train_together(model, shapes, tmp_path):
+def test_two_processes_train_together(model, shapes, tmp_path, capsys):
     settings = {"simmim": TINY_SIMMIM, "mimdet": TINY, "yolos": TINY_YOLOS, "pvt": TINY_PVT}[model]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += [ROOT / "train.py", "--model", model, "--device", "cpu", "--data", shapes]
-    command += ["--out", tmp_path / "run", "--steps", "2", "--set", *settings]
+    command += ["--amp", "off", "--out", tmp_path / "run", "--steps", "2", "--set", *settings]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 2/2") == 1 and (tmp_path / "run/result.json").exists()
+    assert [line["step"] for line in log_of(tmp_path / "run") if "lr" in line] == [1, 2]
+    # What they answered together, one process answers alone.
+    args = ("--model", model, "--data", shapes, "--out", tmp_path / "alone", "--eval-only")
+    assert run(*args, "--init", tmp_path / "run/last.pt", tiny=False) == 0
+    together, alone = (
+        re.findall(r"^(?:epoch|eval)\S*  (.*)  \(6 images", text, re.M)[-1]
+        for text in (done.stdout, capsys.readouterr().out)
+    )
+    assert together == alone
+    if (tmp_path / "run/detections.json").exists():
+        together, alone = (
+            json.loads((tmp_path / name / "detections.json").read_text())
+            for name in ("run", "alone")
+        )
+        assert [r["image_id"] for r in together] == [r["image_id"] for r in alone]
+        scores = [r["score"] for r in alone]
+        assert [r["score"] for r in together] == pytest.approx(scores, abs=1e-5)
 
 
 def test_real_coco_trains_and_evaluates(real_coco, tmp_path):
