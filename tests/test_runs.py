@@ -1,0 +1,481 @@
+"""Runs that are killed, interrupted, spoilt or shared out still end as promised, or in one line.
+
+torchrun starts this file too: see `job`.
+"""
+
+import argparse
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import conftest  # noqa: F401  (finds the project when torchrun starts this file)
+import pytest
+import torch
+from test_train import TINY, TINY_PVT, TINY_SIMMIM, TINY_YOLOS, log_of
+
+import mimdet
+import simmim
+import train
+
+SETTINGS = {"simmim": TINY_SIMMIM, "mimdet": TINY, "yolos": TINY_YOLOS, "pvt": TINY_PVT}
+
+
+def run(model, *args, tiny=True):
+    words = ["--model", model, "--device", "cpu", "--amp", "off", *map(str, args)]
+    return train.main(words + (["--set", *SETTINGS[model]] if tiny and "--set" not in args else []))
+
+
+def states(folder):
+    data = torch.load(folder / "last.pt", weights_only=True)
+    return data["model"] | {
+        f"{i} {name}": value
+        for i, values in data["optimizer"]["state"].items()
+        for name, value in values.items()
+    }
+
+
+def same(a, b, tolerance=0.0):
+    a, b = states(a), states(b)
+    assert a.keys() == b.keys()
+    worst = max(a, key=lambda name: (a[name].double() - b[name].double()).abs().max())
+    assert (a[worst].double() - b[worst].double()).abs().max() <= tolerance, worst
+    return True
+
+
+def one_line(capsys):
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Forked processes have no more, and sums depend on how many share them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(shapes, tmp_path_factory):
+    """A run of 6 steps."""
+    out = tmp_path_factory.mktemp("runs") / "yolos"
+    assert run("yolos", "--data", shapes, "--out", out, "--steps", 6, "--batch-size", 4) == 0
+    return out
+
+
+# --- Killed, and no room --------------------------------------------------------------------------
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_the_middle(file, data, write=torch.save):
+    """Half of a checkpoint is written when the process is killed."""
+
+    class Half:
+        def write(self, piece):
+            file.write(piece[: len(piece) // 2])
+            file.flush()
+            die()
+
+        def flush(self):
+            pass
+
+    write(data, Half())
+
+
+def killed(monkeypatch, where, *args):
+    """Run in a process that is killed at a certain moment."""
+    if (child := os.fork()) == 0:
+        for target, replacement in where:
+            monkeypatch.setattr(target, replacement)
+        run(*args)
+        os._exit(0)
+    return os.WTERMSIG(os.waitpid(child, 0)[1])
+
+
+def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(finished, shapes, tmp_path, monkeypatch):
+    step, batches = train.train_step, "--batch-size 4".split()
+
+    def in_step(number):
+        return lambda *args: die() if args[-1] == number else step(*args)
+
+    moments = [
+        [("train.train_step", in_step(3))],
+        [("train.os.replace", die)],
+        [("train.torch.save", lambda data, file: in_the_middle(file, data))],
+        [("train.keep_best", die)],
+    ]
+    args = ("yolos", "--data", shapes, "--out", tmp_path, "--steps", 6, *batches)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    for where in moments:
+        resume = ["--resume"] if (tmp_path / "last.pt").exists() else []
+        assert killed(monkeypatch, where, *args, *resume) == signal.SIGKILL
+        before = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
+        assert before == 3 or where == moments[-1]
+    assert run(*args, "--resume") == 0
+    assert same(finished, tmp_path)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_said_and_leaves_the_old_checkpoint(
+    finished, shapes, tmp_path, monkeypatch, capsys
+):
+    out, plain = shutil.copytree(finished, tmp_path / "run"), Path.open
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".jsonl"}
+
+    def full(self, mode="r", *args, **kwargs):
+        file = plain(self, mode, *args, **kwargs)
+        return open("/dev/full", mode) if self.suffix == ".partial" and mode == "wb" else file
+
+    monkeypatch.setattr(Path, "open", full)
+    for name in ("last.pt", "result.json"):
+        with pytest.raises(train.DataError, match=f"{name}: cannot be written .*No space"):
+            train.write_whole(out / name, lambda file: torch.save(torch.zeros(10**5), file))
+    args = ("--data", shapes, "--out", out, "--steps", 6, "--batch-size", 4, "--resume")
+    assert run("yolos", *args) == 2
+    assert "No space left on device); what was there is kept" in one_line(capsys)
+    assert before.items() <= {path.name: path.read_bytes() for path in out.iterdir()}.items()
+    assert not list(out.glob("*.partial"))
+
+
+def test_a_folder_that_cannot_be_is_said(shapes, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run("yolos", "--data", shapes, "--out", tmp_path / "file/run", "--steps", 1) == 2
+    assert "file" in one_line(capsys)
+
+
+# --- Files of unknown origin ----------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("owned"),))
+
+
+def changed(**parts):
+    def change(data):
+        for name, value in parts.items():
+            data[name] = data[name] | value if isinstance(value, dict) else value
+        return data
+
+    return change
+
+
+def without(name):
+    return lambda data: {key: value for key, value in data.items() if key != name}
+
+
+def other_shapes(data):
+    moments = data["optimizer"]["state"][0]
+    moments["exp_avg"] = moments["exp_avg"].flatten()[:-1]
+    return data
+
+
+# What is wrong with the file -> where that is noticed, what is said.
+EVERYWHERE, RUNS = ("--init", "--resume", "--eval-only", "--predict"), ("--resume", "--eval-only")
+SPOILT = {
+    "evil": (changed(classes=[Evil()]), EVERYWHERE, "not a checkpoint of plain tensors"),
+    "a list": (lambda data: [data], EVERYWHERE, "holds a list"),
+    "other model": (changed(name="pvt"), ("--resume",), "not a run of yolos"),
+    "no classes": (without("classes"), EVERYWHERE, "'classes'"),
+    "classes": (changed(classes=[1, 2]), EVERYWHERE, "damaged"),
+    "class names": (changed(classes=[{"id": 1, "name": None}]), EVERYWHERE, "name is a NoneType"),
+    "seed": (changed(seed="1"), EVERYWHERE, "seed is a str"),
+    "step": (changed(step=1.5), EVERYWHERE, "step is a float"),
+    "variant": (changed(variant="huge"), RUNS, "--variant huge: yolos has nano"),
+    "field": (changed(config={"evil": 1}), RUNS, "evil=1: give FIELD=VALUE with a field of"),
+    "config": (changed(config={"depth": [1]}), RUNS, "depth is now 3, give a value like it"),
+    "heads": (changed(config={"num_heads": 5}), RUNS, "cannot be shared by 5 heads"),
+    "recipe": (changed(recipe={"lr": "high"}), RUNS, "lr is now 0.0008, give a value like it"),
+    "plan": (changed(plan={"schedule": None}), EVERYWHERE, "schedule is a NoneType"),
+    "weights": (changed(model=[]), EVERYWHERE, "model is a list"),
+    "shape": (changed(model={"class_embed.layers.2.bias": torch.zeros(3)}), RUNS, "fit whole"),
+    "kind": (changed(model={"class_embed.layers.2.bias": "0"}), RUNS, "does not fit whole"),
+    "names": (changed(model={1: torch.zeros(3)}), (), ""),
+    "no moments": (changed(optimizer={"state": 1}), ("--resume",), "damaged"),
+    "moments": (other_shapes, ("--resume",), "the optimizer's state is of other weights"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_spoilt_checkpoint_is_refused_in_one_line(
+    what, finished, shapes, tmp_path, monkeypatch, capsys
+):
+    spoil, noticed, message = SPOILT[what]
+    monkeypatch.chdir(tmp_path)
+    torch.save(spoil(torch.load(finished / "last.pt", weights_only=True)), "file.pt")
+    picture = next((shapes / "val2017").iterdir())
+    modes = {
+        "--resume": ["--resume", "file.pt", "--data", shapes],
+        "--eval-only": ["--eval-only", "--init", "file.pt", "--data", shapes],
+        "--predict": ["--predict", picture, "--init", "file.pt"],
+        "--init": ["--init", "file.pt", "--data", shapes, "--steps", 1, "--batch-size", 2],
+    }
+    for mode in noticed or EVERYWHERE:
+        code = run("yolos", *modes[mode], "--out", f"run{mode}", tiny=mode == "--init")
+        if noticed:
+            assert code == 2 and message in one_line(capsys)
+        else:
+            assert code == 0
+    assert not Path("owned").exists()
+
+
+def test_every_config_and_recipe_survives_the_way_through_a_file():
+    for module in train.MODELS.values():
+        tables = [*map(train.dataclasses.asdict, module.CONFIGS.values()), *module.RECIPES.values()]
+        for table in tables:
+            read = dict(table)
+            train.override(train.as_settings(table), read)
+            assert read == table and list(map(type, read.values())) == [
+                type(value) for value in table.values()
+            ]
+
+
+def test_a_truncated_checkpoint_is_refused_in_one_line(finished, tmp_path, capsys):
+    whole = (finished / "last.pt").read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "last.pt").write_bytes(whole[:length])
+        assert run("yolos", "--out", tmp_path, "--resume", tiny=False) == 2
+        assert "not a checkpoint of plain tensors, or damaged" in one_line(capsys)
+
+
+@pytest.mark.parametrize("model", ["simmim", "mimdet", "yolos", "pvt"])
+def test_foreign_weights_of_any_shape_are_refused_in_one_line(model, tmp_path, shapes, capsys):
+    """Renaming and resizing happen before shapes can be compared."""
+    names = ["pos_embed", "backbone.det_token", "encoder.pos_embed", "pos_embed1", "mask_token"]
+    names += ["blocks.0.attn.relative_position_bias_table", "class_embed.layers.2.weight"]
+    for value in (torch.zeros(()), torch.zeros(2, 3, 5, 7), torch.zeros(1, 0, 4)):
+        torch.save(dict.fromkeys(names, value), tmp_path / "file.pt")
+        args = ("--data", shapes, "--init", tmp_path / "file.pt", "--out", tmp_path / "run")
+        assert run(model, *args, "--steps", 1) == 2
+        one_line(capsys)
+
+
+def test_nothing_is_written_outside_out(finished, shapes, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    picture = next((shapes / "val2017").iterdir())
+    names = ["...jpg", "a\nb.jpg", "~.jpg", "%2e%2e%2fx.jpg", "..\\x.jpg", "$(touch x).jpg"]
+    for name in names:
+        shutil.copy(picture, name)
+    out = shutil.copytree(finished, tmp_path / "run")
+    before = {path for path in tmp_path.rglob("*") if out not in path.parents}
+    odd = [*names, "../here/~.jpg", tmp_path / "run/../here/~.jpg"]
+    assert run("yolos", "--out", out, "--predict", *odd, tiny=False) == 0
+    assert len(list(out.glob("predict-*"))) == len(odd)
+    assert {path for path in tmp_path.rglob("*") if out not in path.parents} == before
+
+
+# --- Not a number, no memory ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("clip", "value"), [(0.0, math.nan), (1.0, math.inf)])
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    clip, value, shapes, tmp_path, monkeypatch, capsys
+):
+    build, calls = train.make_net, []
+
+    def poisoned(*args):
+        net = build(*args)
+        calls.append(0)
+
+        def hook(grad):
+            calls[0] += 1
+            return grad * value if calls[0] == 2 else grad
+
+        net.backbone.det_token.register_hook(hook)
+        return net
+
+    monkeypatch.setattr(train, "make_net", poisoned)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    args = ("--data", shapes, "--out", tmp_path, "--steps", 4, "--batch-size", 2)
+    assert run("yolos", *args, "--set", *TINY_YOLOS, f"clip={clip}") == 2
+    message = (
+        "step 1: the gradient of backbone.det_token is not finite; the last checkpoint is kept"
+    )
+    assert message in one_line(capsys)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+
+
+def test_an_overflow_is_named_in_bf16(finished, shapes, tmp_path, capsys):
+    data = torch.load(finished / "last.pt", weights_only=True)
+    data["model"]["class_embed.layers.2.weight"].fill_(3e38)
+    torch.save(data, tmp_path / "huge.pt")
+    args = ("--data", shapes, "--out", tmp_path, "--init", tmp_path / "huge.pt", "--amp", "bf16")
+    assert run("yolos", *args, "--steps", 1, "--batch-size", 2) == 2
+    assert re.search("step 0: loss_cls.* is not finite on images", one_line(capsys))
+
+
+def cuda_is_full():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
+
+
+def numpy_is_full():
+    raise MemoryError
+
+
+@pytest.mark.parametrize("fill", [lambda: torch.empty(2**55), cuda_is_full, numpy_is_full])
+def test_too_little_memory_names_the_knobs(fill, shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "train_step", lambda *_: fill())
+    args = ("--data", shapes, "--out", tmp_path, "--steps", 1, "--batch-size", 2)
+    assert run("yolos", *args) == 2
+    error = one_line(capsys)
+    for knob in ("--batch-size", "--set max_size=", "sizes=", "--set checkpoint=true"):
+        assert knob in error
+
+
+def test_a_bug_keeps_its_traceback(shapes, tmp_path, monkeypatch):
+    def bug(*_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(train, "train_step", bug)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run("yolos", "--data", shapes, "--out", tmp_path, "--steps", 1)
+
+
+# --- Seeds, and the same run again ----------------------------------------------------------------
+
+
+def test_the_seed_decides_the_run(shapes, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        args = ("--data", shapes, "--steps", 2, "--batch-size", 2, "--out", tmp_path / name)
+        assert run("simmim", *args, "--seed", seed) == 0
+    assert same(tmp_path / "a", tmp_path / "b")
+    a, c = states(tmp_path / "a"), states(tmp_path / "c")
+    assert not torch.equal(
+        a["encoder.blocks.0.attn.qkv.weight"], c["encoder.blocks.0.attn.qkv.weight"]
+    )
+
+
+@pytest.mark.parametrize(
+    "other", [["--epochs", 2], ["--batch-size", 2], ["--limit", 12], ["--accumulate", 3]]
+)
+def test_another_schedule_is_not_the_same_run(other, finished, shapes, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "run")
+    assert run("yolos", "--data", shapes, "--out", out, "--resume", *other, tiny=False) == 2
+    error = one_line(capsys)
+    assert "6 steps of 4 of 24 images of circle" in error and "give the same --data" in error
+
+
+def test_a_resumed_run_keeps_its_schedule_without_being_told(finished, shapes, tmp_path, capsys):
+    args = ("--data", shapes, "--out", tmp_path, "--steps", 3)
+    first = ("--batch-size", 4, "--epochs", 1, "--lr", 2e-4)
+    assert run("yolos", *args, *first) == 0
+    capsys.readouterr()
+    assert run("yolos", "--data", shapes, "--out", tmp_path, "--resume", tiny=False) == 0
+    assert "6 steps of 4 images, 1 epochs; lr 0.0002 (as before)" in capsys.readouterr().out
+    assert run("yolos", *args, "--resume", "--lr", 1e-5, tiny=False) == 0
+    assert "lr 1e-05 (as given)" in capsys.readouterr().out
+
+
+# --- Many processes -------------------------------------------------------------------------------
+
+
+def test_one_process_draws_the_predictions():
+    assert train.predict(argparse.Namespace(rank=1), None, None, None) is None
+
+
+def torchrun(*args, processes=2, **kwargs):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", __file__, *map(str, args)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, **pipes, start_new_session=True)
+
+
+def without_chance(replace):
+    """Take out what differs between one and several processes by design: draws, and BatchNorm.
+
+    SimMIM's masks are those of the pictures, MIMDet's samples the first ones.
+    """
+    draw = simmim.SimMIM.draw_masks
+    replace(simmim.SimMIM, "draw_masks", lambda net, images, _: draw(net, images, True))
+
+    def first(label, total, fraction):
+        objects = (label == 1).nonzero()[:, 0][: int(total * fraction)]
+        return objects, (label == 0).nonzero()[:, 0][: total - len(objects)]
+
+    replace(mimdet, "subsample", first)
+    replace(torch.nn.BatchNorm2d, "train", lambda norm, _=True: torch.nn.Module.train(norm, False))
+    replace(train, "evaluate", lambda args, *_: None if args.rank else dict(AP=0.0))
+
+
+# Losses that are means over a process (RetinaNet's, MIMDet's of masks, as released) or see padding
+# equal those of a larger batch only if that comes in parts.
+EQUAL = {
+    "simmim": ([], False),
+    "yolos": (["no_object_weight=1.0", "patch_loss=0", "stem=patch"], False),
+    "pvt": ([], True),
+    "mimdet": (["sample_ratio=1.0"], True),
+}
+
+
+def equal_run(model, shapes, out, *batches):
+    args = ["--data", shapes, "--out", out, "--steps", 3, "--lr", 1e-4, *batches]
+    return run(model, *args, "--set", *SETTINGS[model], *EQUAL[model][0])
+
+
+def job(shapes, folder):
+    """What each of two processes does: all models in one process group, which starts once."""
+    without_chance(setattr)
+    train.dist.init_process_group("gloo")
+    train.dist.init_process_group = train.dist.destroy_process_group = lambda *_: None
+    for model in EQUAL:
+        assert equal_run(model, shapes, Path(folder) / model, "--batch-size", 2) == 0
+    die() if os.environ["RANK"] == "1" else time.sleep(600)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_the_larger_batch(shapes, tmp_path, monkeypatch):
+    """And one that dies ends the job, though the other one would wait."""
+    without_chance(monkeypatch.setattr)
+    began, process = time.time(), torchrun("job", shapes, tmp_path)
+    output = process.communicate(timeout=300)
+    assert process.returncode == 1 and "exitcode  : -9" in output[1], output
+    assert time.time() - began < 200
+    for model, (_, in_parts) in EQUAL.items():
+        larger = ["--batch-size", 2, "--accumulate", 2] if in_parts else ["--batch-size", 4]
+        assert equal_run(model, shapes, tmp_path / "one" / model, *larger) == 0
+        assert same(tmp_path / "one" / model, tmp_path / model, 1e-5)
+        logs = zip(log_of(tmp_path / model), log_of(tmp_path / "one" / model), strict=True)
+        for two, one in logs:
+            losses = {name: value for name, value in one.items() if name.startswith("loss")}
+            assert losses == pytest.approx({name: two[name] for name in losses}, abs=1e-5)
+
+
+def long_run(shapes, out):
+    """A run that says who is rank 1 and takes its time to save."""
+    if os.environ["RANK"] == "1":
+        print("rank 1 is", os.getpid(), flush=True)
+    save = torch.save
+    train.torch.save = lambda *args: (time.sleep(2), save(*args))
+    args = ("--data", shapes, "--out", out, "--steps", 10**6, "--batch-size", 2)
+    sys.exit(run("simmim", *args))
+
+
+@pytest.mark.slow
+def test_an_interrupted_rank_makes_all_save_and_any_number_go_on(shapes, tmp_path, capsys):
+    process = torchrun("long_run", shapes, tmp_path)
+    lines = iter(process.stdout.readline, "")
+    rank_1 = next(int(line.split()[-1]) for line in lines if line.startswith("rank 1 is"))
+    next(line for line in lines if line.startswith("step "))
+    os.kill(rank_1, signal.SIGINT)
+    output = process.communicate(timeout=100)
+    done = int(re.search(r"interrupted after step (\d+)", output[0])[1])
+    assert process.returncode == 1 and "exitcode  : 130" in output[1]
+    assert run("simmim", "--data", shapes, "--out", tmp_path, "--resume", "--steps", done + 2) == 0
+    assert f"{done + 2} steps of 4 images" in capsys.readouterr().out
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
