@@ -28,7 +28,10 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 
 class DataError(Exception):
-    """Something the user handed in is wrong; the message says what, where and what to do."""
+    """Something the user handed in is wrong; one line says what, where and what to do."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(str(message).splitlines()))
 
 
 # --- 1. Read --------------------------------------------------------------------------------------
@@ -47,6 +50,112 @@ def find_split(root, split):
     raise DataError(f"{root}: no {split} split; expected {layouts[0][0]} or {layouts[1][0]}")
 
 
+def is_whole(x):
+    return isinstance(x, int)
+
+
+def is_size(x):
+    return isinstance(x, int) and 0 < x < 10**6
+
+
+def is_inside(x):
+    """A file name that does not lead out of its folder."""
+    return isinstance(x, str) and not Path(x).anchor and ".." not in Path(x).parts
+
+
+def are_pixels(x):
+    """Coordinates that can be drawn: pycocotools crashes on NaN and on very large numbers."""
+    numbers = isinstance(x, list) and {*map(type, x)} <= {int, float}
+    return numbers and all(map((1e6).__gt__, map(abs, x)))  # millions of them: quickly
+
+
+def is_mask(x):
+    """Nothing, polygons, or run lengths that fill their size: else pycocotools may never end."""
+    if isinstance(x, dict):
+        size, counts = x.get("size"), x.get("counts")
+        counts = run_lengths(counts) if isinstance(counts, str) else counts
+        whole = isinstance(size, list) and isinstance(counts, list)
+        whole = whole and all(isinstance(n, int) and n >= 0 for n in size + counts)
+        return whole and len(size) == 2 and sum(counts) == math.prod(size)
+    pairs = isinstance(x, list) and all(are_pixels(p) and len(p) % 2 == 0 for p in x)
+    return x is None or pairs and (not any(x) or max(map(len, x)) >= 6)
+
+
+def run_lengths(text):
+    """Compressed run lengths as numbers, none of them if the text is damaged.
+
+    A character is 6 bits, from "0" on: 5 of a number, lowest first, and whether more follow; the
+    last one's 16 is its sign. From the fourth on a number is the difference to the last but one.
+    """
+    counts, value, shift = [], 0, 0
+    for bits in (byte - 48 for byte in text.encode()):
+        if not 0 <= bits < 64:
+            return []
+        value, shift = value | (bits & 31) << shift, shift + 5
+        if bits < 32:
+            value -= (bits & 16) << shift - 4
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return [] if shift else counts
+
+
+# fmt: off
+RULES = {  # list in the json -> field -> test, and what to say of an entry that fails it
+    "images": {
+        "id": (is_whole, "image {id} has no whole number as id"),
+        "file_name": (is_inside, "image {id} has no file name inside the folder of images"),
+        "width": (is_size, "image {id} has no width or height in whole pixels"),
+        "height": (is_size, "image {id} has no width or height in whole pixels"),
+    },
+    "categories": {
+        "id": (is_whole, "category {id} has no whole number as id"),
+        "name": (lambda x: isinstance(x, str), "category {id} has no text as name"),
+    },
+    "annotations": {
+        "image_id": (is_whole, "annotation {id} has no whole number as image_id"),
+        "category_id": (is_whole, "annotation {id} has no whole number as category_id"),
+        "bbox": (lambda x: are_pixels(x) and len(x) == 4,
+                 "annotation {id}: a bbox has not four numbers x, y, width, height in pixels"),
+        "segmentation": (is_mask, "annotation {id} has neither polygons of three points or more "
+                                  "nor run lengths of as many pixels as their size"),
+        "area": (lambda x: x is None or isinstance(x, int | float) and 0 <= x < math.inf,
+                 "annotation {id} has no number of pixels as area"),
+        "iscrowd": (lambda x: x in (None, 0, 1), "annotation {id} has neither 0 nor 1 as iscrowd"),
+    },
+}
+# fmt: on
+
+
+def check_entries(kind, rows):
+    if not isinstance(rows, list) or {*map(type, rows)} - {dict}:
+        raise ValueError(f'"{kind}" is no list of entries')
+    for row, (field, (test, problem)) in itertools.product(rows, RULES[kind].items()):
+        if not test(row.get(field)):
+            problem = problem.format(id=row.get("id", "without id"))
+            raise ValueError(f"{problem} ({field}: {row.get(field)!r:.80})")
+    if kind != "annotations" and len({row["id"] for row in rows}) < len(rows):
+        raise ValueError(f"two of its {kind} have the same id")
+
+
+def read_annotations(file):
+    """Images, categories and annotations of a json in COCO's format, every entry checked."""
+    try:
+        data = json.loads(file.read_bytes())
+        tables = [data.get(kind, []) if isinstance(data, dict) else None for kind in RULES]
+        for kind, rows in zip(RULES, tables, strict=True):
+            check_entries(kind, rows)
+        size_of = {x["id"]: [x["height"], x["width"]] for x in tables[0]}
+        for a in tables[2]:
+            mask, size = a.get("segmentation"), size_of.get(a["image_id"])
+            if isinstance(mask, dict) and size and mask["size"] != size:
+                which = f"the mask of annotation {a.get('id', 'without id')}"
+                raise ValueError(f"{which} has size {mask['size']}, image {a['image_id']} {size}")
+    except (OSError, ValueError, RecursionError) as error:
+        how = "correct it, remove the entry or export it again"
+        raise DataError(f"{file}: not a COCO annotation file: {error}; {how}") from None
+    return tables
+
+
 def read_image(path, size=None):
     """RGB image (3, H, W) uint8 as a viewer shows it; size (H, W): what annotations were drawn on.
 
@@ -60,8 +169,8 @@ def read_image(path, size=None):
             if image.mode.startswith("I"):  # 16 bits
                 image = PIL.Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             pixels = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        reason = "no such file" if not Path(path).exists() else error
+    except Exception as error:  # damaged files have brought up many kinds
+        reason = error if os.path.exists(path) else "no such file"
         raise DataError(f"{path}: cannot read image ({reason}); replace or remove it") from None
     if size and pixels.shape[:2] != tuple(size):
         raise DataError(
@@ -69,6 +178,22 @@ def read_image(path, size=None):
             f"{size[1]}x{size[0]}; correct width and height in the json or replace the image"
         )
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def has_area(annotation, image):
+    """Whether some of the box, more than rounding leaves, lies in its image."""
+    x, y, w, h = annotation["bbox"]
+    inside = min(x + w, image["width"]) - max(x, 0), min(y + h, image["height"]) - max(y, 0)
+    return min(inside) > 1e-3
+
+
+def complete(annotation):
+    """With what the json may leave out, or say null to; without polygons that enclose nothing."""
+    a = {"iscrowd": 0, "segmentation": [], "area": math.prod(annotation["bbox"][2:])}
+    a |= {key: value for key, value in annotation.items() if value is not None}
+    if isinstance(a["segmentation"], list):
+        a["segmentation"] = [polygon for polygon in a["segmentation"] if len(polygon) >= 6]
+    return a
 
 
 class CocoDataset(Dataset):
@@ -87,55 +212,41 @@ class CocoDataset(Dataset):
     def __init__(self, root, split, transform=None, limit=None, classes=None):
         self.file, self.folder = find_split(root, split)
         self.transform = transform
-        try:
-            data = json.loads(self.file.read_text(encoding="utf-8"))
-            self.images = data["images"][:limit]
-            if bad := [x["id"] for x in self.images if not (x["width"] > 0 and x["height"] > 0)]:
-                raise DataError(f"{self.file}: image {bad[0]} has no width or height")
-            categories = [{"id": c["id"], "name": c["name"]} for c in data["categories"]]
-            self.classes = classes or categories
-            names = {c["id"]: c["name"] for c in self.classes}
-            for c in categories:
-                if names.get(c["id"], c["name"]) != c["name"]:
-                    was = f"{names[c['id']]} where the model was trained"
-                    raise DataError(f"{self.file}: category {c['id']} is {c['name']}, but {was}")
-            self.label_of = {c["id"]: label for label, c in enumerate(self.classes)}
-            ids = {x["id"] for x in self.images if x["file_name"]}
-            annotations = [
-                {"iscrowd": 0, "segmentation": [], "area": math.prod(a["bbox"][2:])} | a
-                for a in data.get("annotations", [])
-                if a["image_id"] in ids and a["category_id"] in self.label_of
-            ]
-            lengths = {len(a["bbox"]) for a in annotations}
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.file}: not a COCO annotation file ({error!r})") from None
-        if not self.images:
-            raise DataError(f"{self.file}: lists no images")
-        if lengths - {4}:
-            raise DataError(f"{self.file}: a bbox has not four numbers x, y, width, height")
+        images, categories, annotations = read_annotations(self.file)
+        self.images = images[:limit]
+        self.classes = classes or [{"id": c["id"], "name": c["name"]} for c in categories]
+        names = {c["id"]: c["name"] for c in self.classes}
+        for c in categories:
+            if names.get(c["id"], c["name"]) != c["name"]:
+                was = f"{names[c['id']]} where the model was trained"
+                raise DataError(f"{self.file}: category {c['id']} is {c['name']}, but {was}")
+        self.label_of = {c["id"]: label for label, c in enumerate(self.classes)}
+        if not self.images or not self.classes and self.task != "pretrain":
+            raise DataError(f"{self.file}: lists no {'categories' if self.images else 'images'}")
+        listed, info_of = {x["id"] for x in images}, {x["id"]: x for x in self.images}
+        known = [
+            a for a in annotations if a["image_id"] in listed and a["category_id"] in self.label_of
+        ]
+        here = [a for a in known if a["image_id"] in info_of]
+        sound = [complete(a) for a in here if has_area(a, info_of[a["image_id"]])]
         # Evaluation needs all, crowds too, with ids from 1: pycocotools takes 0 for "no match".
-        annotations = [a | {"id": i} for i, a in enumerate(annotations, start=1)]
-        self.truth = index(self.images, annotations, self.classes)
+        sound = [a | {"id": i} for i, a in enumerate(sound, start=1)]
+        self.truth = index(self.images, sound, self.classes)
         self.objects = [
-            [a for a in self.truth.imgToAnns[x["id"]] if not a["iscrowd"] and self.has_area(a, x)]
-            for x in self.images
+            [a for a in self.truth.imgToAnns[x["id"]] if not a["iscrowd"]] for x in self.images
         ]
         used = sum(len(objects) for objects in self.objects)
-        bare = sum(not any(a["segmentation"] or ()) for a in annotations)
-        crowds = sum(a["iscrowd"] for a in annotations)
+        bare = sum(not a["segmentation"] for a in sound)
         self.has_masks = used > 0 and not bare
         self.notes = [f"{len(self.images)} images, {used} objects, {len(self.classes)} classes"]
-        if crowds:
+        if crowds := len(sound) - used:
             self.notes.append(f"{crowds} crowd regions count in evaluation only")
-        if dropped := len(annotations) - crowds - used:
+        if dropped := len(here) - len(sound):
             self.notes.append(f"{dropped} boxes without area inside their image dropped")
+        if unknown := len(annotations) - len(known):
+            self.notes.append(f"{unknown} annotations of unknown images or categories dropped")
         if bare and any(a["segmentation"] for objects in self.objects for a in objects):
             self.notes.append(f"{bare} objects have no segmentation: masks are not used")
-
-    @staticmethod
-    def has_area(annotation, image):
-        x, y, w, h = annotation["bbox"]
-        return min(x + w, image["width"]) > max(x, 0) and min(y + h, image["height"]) > max(y, 0)
 
     def __len__(self):
         return len(self.images)

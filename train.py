@@ -855,9 +855,8 @@ def report(args, metrics):
 def explain(error):
     """One line for what the user can mend; None for a bug, whose traceback is wanted."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    if isinstance(error, DataError | OSError):
-        # A loader process wraps the message in its traceback: the last line is ours.
-        return lines[-1].removeprefix("coco.DataError: ")
+    if isinstance(error, DataError | OSError):  # a loader process puts its traceback first
+        return lines[-1].rpartition("coco.DataError: ")[2]
     if isinstance(error, MemoryError) or re.search("out of memory|DefaultCPUAllocator", lines[0]):
         knobs = "a smaller --batch-size (with --accumulate), --set max_size=... or sizes=..."
         return f"not enough memory; give {knobs}, or --set checkpoint=true ({lines[0]})"
