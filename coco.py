@@ -204,10 +204,11 @@ class CocoDataset(Dataset):
     the first so many images. dataset[i] -> image (3, H, W) float in [0, 1], target dict(boxes (M,
     4) float xyxy pixels, labels (M,) int64, masks (M, H, W) bool if every annotation has a
     segmentation, image_id int, size (H, W) of the file). dataset[i, seed] does the same with the
-    transform's random choices fixed by seed. Raises DataError.
+    transform's random choices fixed by seed. Raises DataError; with skip_bad the next image that
+    can be read stands in for a bad one, and target["skipped"] says what was wrong.
     """
 
-    task = "detect"
+    task, skip_bad = "detect", False
 
     def __init__(self, root, split, transform=None, limit=None, classes=None):
         self.file, self.folder = find_split(root, split)
@@ -253,15 +254,27 @@ class CocoDataset(Dataset):
 
     def __getitem__(self, item):
         index, seed = item if isinstance(item, tuple) else (item, None)
-        info = self.images[index]
-        image, target = self.read(index)
+        info, image, target, skipped = self.read_or_next(index)
         if self.transform:
             with torch.random.fork_rng(devices=[], enabled=seed is not None):
                 if seed is not None:
                     torch.default_generator.manual_seed(seed)
                 image, target = self.transform(image, target)
         image, target = finish(image, target)
-        return image, target | {"image_id": info["id"], "size": (info["height"], info["width"])}
+        target |= {"image_id": info["id"], "size": (info["height"], info["width"])}
+        return image, target | ({"skipped": skipped} if skipped else {})
+
+    def read_or_next(self, index):
+        """An image's info, pixels and target, and what was wrong with those skipped before it."""
+        skipped = []
+        while True:
+            try:
+                return self.images[index], *self.read(index), skipped
+            except DataError as error:
+                skipped.append(str(error))
+                if not self.skip_bad or len(skipped) == len(self):
+                    raise
+                index = (index + 1) % len(self)
 
     def read(self, index):
         """Image and target as they lie in the file, as torchvision's tv_tensors."""

@@ -53,6 +53,11 @@ def parse_args(argv):
     add("--accumulate", type=int, default=1, help="batches per optimiser step")
     add("--lr", type=float, help="taken literally; the recipe's, scaled to the batch, by default")
     add("--limit", type=int, help="use only the first so many images of each split")
+    add(
+        "--skip-bad-images",
+        action="store_true",
+        help="train on the next image instead, evaluate as if nothing was found; listed at the end",
+    )
     add("--eval-on", choices=["val", "train"], default="val")
     add("--workers", type=int, help="loader processes; as many as help by default")
     add("--device", help="cuda, mps or cpu; the first there is by default")
@@ -330,24 +335,35 @@ def evaluate(args, net, dataset, tag):
         with autocast(args):
             outputs = net(images, sizes=[t["size"] for t in targets])
         for target, output in zip(targets, outputs, strict=True):
+            if "skipped" in target:  # another image stood in: it has no answer
+                args.skipped.update(target["skipped"])
+                continue
             results += coco.to_results(dataset, target, output)
             if target["image_id"] in shown:
                 drawn[target["image_id"]] = output
-    if args.world > 1:
-        shards = [None] * args.world
-        dist.all_gather_object(shards, results)
-        place = {dataset.images[i]["id"]: n for n, i in enumerate(order)}  # as of one process
-        results = sorted(sum(shards, []), key=lambda result: place[result["image_id"]])
+    results = gather(args, results)
+    place = {dataset.images[i]["id"]: n for n, i in enumerate(order)}  # as of one process
+    results.sort(key=lambda result: place[result["image_id"]])
     if args.rank:
         return None
     metrics = coco.evaluate(dataset, results)
     if dataset.task == "detect":
         write_json(args.out / "detections.json", results)
-    coco.save_pictures(args.out / f"{tag}.png", comparison(dataset, drawn))
+    if drawn:
+        coco.save_pictures(args.out / f"{tag}.png", comparison(dataset, drawn))
     by_size = ("APs", "APm", "APl")
     line = "  ".join(f"{k} {n_a(v)}" for k, v in metrics.items() if not k.endswith(by_size))
     print(f"{tag}  {line}  ({len(dataset)} images, {duration(time.time() - began)})", flush=True)
     return metrics
+
+
+def gather(args, items):
+    """The lists of all processes as one."""
+    if args.world == 1:
+        return items
+    shards = [None] * args.world
+    dist.all_gather_object(shards, items)
+    return sum(shards, [])
 
 
 def comparison(dataset, outputs):
@@ -439,6 +455,7 @@ def train_step(args, model, optimizer, recipe, batches, step):
     mean = {}
     for part in range(args.accumulate):
         images, targets = to_device(next(batches), args.device)
+        args.skipped.update(*(target.pop("skipped", ()) for target in targets))
         last = part == args.accumulate - 1
         with contextlib.nullcontext() if last or args.world == 1 else model.no_sync():
             with autocast(args):
@@ -508,8 +525,7 @@ def train(args, module, recipe, net, data, dataset, held_out):
             save_run(args, "last.pt", net, optimizer, dataset, progress)
             saved = time.time()
         if stops:
-            if args.world > 1:  # whoever leaves first ends the others, who may be writing
-                dist.barrier()
+            list_skipped(args)  # waits for all: whoever leaves first ends those who write
             say(args, f"interrupted after step {done}; the same command goes on with")
             say(args, f"--resume {args.out / 'last.pt'}")
             sys.exit(130)
@@ -522,6 +538,13 @@ def train(args, module, recipe, net, data, dataset, held_out):
             log.shown = done
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return metrics
+
+
+def list_skipped(args):
+    """What was wrong with the images that --skip-bad-images left out."""
+    if skipped := sorted({*gather(args, [*args.skipped])}):
+        say(args, f"{len(skipped)} bad images skipped (in AP their objects count as missed):")
+        say(args, "\n".join(f"  {line}" for line in skipped))
 
 
 def on_any_rank(args, flag):
@@ -732,7 +755,7 @@ def run(args):
     module = MODELS[args.model]
     if args.attention is not None and not args.predict:
         raise DataError("--attention goes with --predict IMAGE")
-    args.out = choose_out(args)
+    args.out, args.skipped = choose_out(args), set()
     path, data, continues = starting_point(args)
     config, recipe = settings(args, module, path, data if continues else None)
     args.recipe = recipe
@@ -820,10 +843,9 @@ def read_data(args, module, recipe, config, classes):
     if config.get("masks") and not (dataset or held_out).has_masks:
         config["masks"] = False
         say(args, "no masks in the annotations: boxes alone")
-    if not config.get("masks"):  # nobody reads them
-        for split in (dataset, held_out):
-            if split:
-                split.has_masks = False
+    for split in filter(None, (dataset, held_out)):
+        split.skip_bad = args.skip_bad_images
+        split.has_masks &= config.get("masks", False)  # else nobody reads them
     return dataset, held_out
 
 
@@ -839,7 +861,8 @@ def make_net(args, module, config, num_classes):
 
 
 def report(args, metrics):
-    """The closing table, and what lies in the run's folder."""
+    """The closing table, what was left out, and what lies in the run's folder."""
+    list_skipped(args)
     if not metrics:
         return
     if "AP" in metrics:
