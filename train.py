@@ -302,16 +302,19 @@ def ignore_interrupt(_):
 
 def make_loader(args, dataset, **kwargs):
     kwargs |= dict(num_workers=args.workers, worker_init_fn=ignore_interrupt)
+    kwargs |= dict(pin_memory=args.device.type == "cuda")
     return DataLoader(dataset, collate_fn=coco.collate, **kwargs)
 
 
 def to_device(batch, device):
+    """The tensors of a batch on the device; from pinned memory while the CPU goes on."""
+
+    def move(x):
+        return x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+
     images, targets = batch
-    targets = [
-        {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in t.items()}
-        for t in targets
-    ]
-    return [image.to(device) for image in images], targets
+    targets = [{key: move(value) for key, value in target.items()} for target in targets]
+    return [move(image) for image in images], targets
 
 
 def autocast(args):

@@ -71,6 +71,21 @@ def finished(shapes, tmp_path_factory):
     return out
 
 
+# --- Devices --------------------------------------------------------------------------------------
+
+
+def test_apples_gpu_is_taken_where_it_works_and_said_where_not(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with monkeypatch.context() as works:
+        works.setattr(torch, "empty", lambda *args, device: None)
+        device = train.choose_device(None, 0)
+    assert device.type == "mps" and not train.bf16_pays(device)
+    if not torch.backends.mps.is_built():
+        assert train.main(["--model", "yolos"]) == 2
+        assert one_line(capsys).startswith("error: --device mps: ")
+
+
 # --- Killed, and no room --------------------------------------------------------------------------
 
 
