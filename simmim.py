@@ -356,8 +356,7 @@ class BEiT(nn.Module):
     """The paper's ViT: relative positions alone, in one table while pre-training (Sec. 4.2).
 
     For classification each block has a table, and the norm comes after the mean over patches.
-    Differs: initial weights are not cut off at one standard deviation, nor those of a classifier
-    scaled by 0.001.
+    Initial weights are cut off at one standard deviation in pre-training alone, as released.
     """
 
     def __init__(self, c):
@@ -365,21 +364,22 @@ class BEiT(nn.Module):
         self.stride, self.width, self.recompute = c.patch, c.embed_dim, c.checkpoint
         self.grid, pretrains = c.img_size // c.patch, c.task == "pretrain"
         self.patch_embed = PatchEmbed(c.embed_dim, c.patch)
-        self.cls_token = nn.Parameter(trunc_normal(1, 1, c.embed_dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
         (depth,), (heads,) = c.depths, c.num_heads
         if pretrains:
-            self.mask_token = nn.Parameter(trunc_normal(1, 1, c.embed_dim))
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
             self.rel_pos_bias = RelativePositionBias(self.grid, heads)
             self.norm = nn.LayerNorm(c.embed_dim, eps=1e-6)
         rates, grid = [c.drop_path * i / max(1, depth - 1) for i in range(depth)], self.grid
         self.blocks = nn.ModuleList(
             BEiTBlock(c.embed_dim, heads, rate, None if pretrains else grid) for rate in rates
         )
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        cut = 0.02 if pretrains else 2.0
+        for name, p in self.named_parameters():
+            if p.ndim > 1 and not name.endswith("bias_table"):
+                nn.init.trunc_normal_(p, std=0.02, a=-cut, b=cut)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
         for i, block in enumerate(self.blocks, start=1):
             for layer in (block.attn.proj, block.mlp.fc2):
                 layer.weight.data /= math.sqrt(2 * i)
@@ -638,6 +638,7 @@ class SimMIM(nn.Module):
             self.head = nn.Linear(self.encoder.width, num_classes)
             nn.init.zeros_(self.head.bias)
             nn.init.trunc_normal_(self.head.weight, std=0.02)
+            self.head.weight.data *= 0.001 if after else 1
             if c.freeze:
                 self.encoder.requires_grad_(False)
         else:

@@ -1056,6 +1056,19 @@ def test_a_linear_probe_trains_the_classifier_alone():
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.head.parameters()}
 
 
+def test_initial_weights_of_beit_are_the_released_ones():
+    torch.manual_seed(0)
+    for task, cut in (("pretrain", 0.02), ("classify", 0.2)):
+        model = simmim_model("beit", task=task)
+        for name, p in model.encoder.named_parameters():
+            assert p.abs().max() <= (cut if p.ndim > 1 else 1), name
+            if name.endswith(("bias", "bias_table")):
+                assert not p.any(), name
+        spread = model.encoder.blocks[0].attn.qkv.weight.std().item()
+        assert spread == pytest.approx(0.0108 if task == "pretrain" else 0.02, rel=0.05)
+    assert 0 < model.head.weight.abs().max() < 1e-4 and not model.head.bias.any()
+
+
 def test_simmim_decays_what_the_released_code_decays():
     for encoder, task, exempt in (
         ("beit", "pretrain", {"cls_token"}),
