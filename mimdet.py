@@ -42,8 +42,9 @@ class Config:
     drop_path: float = 0.1  # of the last encoder block, growing linearly from 0
     decoder_dim: int = 512  # decoder width C'; its heads are 32 wide, as MAE's
     decoder_depth: int = 4  # the first 4 of MAE's 8 blocks (Sec. 3.2)
+    # Differs: "patch" is not the paper's; it shows what the stem is for, and takes a ViT whole.
     stem: str = "conv"  # "conv": four 3x3 convolutions; "patch": plain patches, one map for all
-    patch: int = 16  # side of the patches: 16, or 4, 8, 32 without the convolutions
+    patch: int = 16  # side of the patches; with "patch" also 4, 8 or 32
     grid: int = 50  # side of the stored position tables: 800 px / 16
     sample_ratio: float = 0.5  # share of the tokens the encoder sees in training (Table 1)
     # Differs: the released code samples at sample_ratio in prediction too, unless overridden.
@@ -138,6 +139,17 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+class PatchEmbed(nn.Module):
+    """Image (B, 3, H, W) -> one vector for every p x p patch, (B, C, H/p, W/p)."""
+
+    def __init__(self, dim, patch=16):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch, stride=patch)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
 def run_blocks(blocks, x, recompute=False):
     """Apply the blocks in turn; recompute trades time for memory (activation checkpointing)."""
     for block in blocks:
@@ -192,17 +204,6 @@ def group_by_padded_size(images, multiple):
     return groups.values()
 
 
-class PatchEmbed(nn.Module):
-    """Image (B, 3, H, W) -> one vector for every p x p patch, (B, C, H/p, W/p)."""
-
-    def __init__(self, dim, patch=16):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch, stride=patch)
-
-    def forward(self, x):
-        return self.proj(x)
-
-
 # --- 3. This paper --------------------------------------------------------------------------------
 
 
@@ -246,7 +247,7 @@ def sample_tokens(noise, sizes, grid, ratio, stride=16):
 
 
 class Encoder(nn.Module):
-    """ConvStem and a ViT that sees only the kept tokens; no class token (Sec. 3.1)."""
+    """ConvStem or patches, and a ViT that sees only the kept tokens; no class token (Sec. 3.1)."""
 
     def __init__(self, c):
         super().__init__()
@@ -265,7 +266,7 @@ class Encoder(nn.Module):
 
     def forward(self, x, sizes, ratio, noise=None):
         maps = self.patch_embed(x)
-        *fine, stem = maps if isinstance(maps, list) else [maps]  # stem (B, C, H/16, W/16)
+        *fine, stem = maps if isinstance(maps, list) else [maps]  # stem (B, C, H/p, W/p)
         tokens = stem.flatten(2).transpose(1, 2)  # (B, N, C)
         tokens = tokens + pos_embed_for(self.pos_embed, stem.shape[-2:])
         ids = None
@@ -310,11 +311,14 @@ class Decoder(nn.Module):
             x = full.scatter(1, ids[:, :, None].expand_as(x), x)  # (B, N, C')
         x = x + pos_embed_for(self.decoder_pos_embed, (H, W))
         x = self.decoder_norm(run_blocks(self.decoder_blocks, x, self.recompute))
-        return x.transpose(1, 2).unflatten(2, (H, W))  # (B, C', H/16, W/16)
+        return x.transpose(1, 2).unflatten(2, (H, W))  # (B, C', H/p, W/p)
 
 
 class ScaleMap(nn.Sequential):
-    """Map of stride `old` -> stride `new`: deconvolutions up, pooling down (arXiv:2111.11429)."""
+    """Map of stride `old` -> stride `new`: deconvolutions up, pooling down (arXiv:2111.11429).
+
+    Differs: each deconvolution is followed by GroupNorm and GELU; there, only the first of two.
+    """
 
     def __init__(self, dim, old, new):
         layers = [nn.MaxPool2d(new // old)] if new > old else []
@@ -728,7 +732,7 @@ class MIMDet(nn.Module):
 def param_groups(model, recipe):
     """AdamW's groups, `lr_scale` a factor on the learning rate (released config; no layer decay).
 
-    The pre-trained ViT blocks learn slowest, the stem at the recipe's rate, decoder, FPN and heads
+    The pre-trained ViT learns slowest, the ConvStem at the recipe's rate, decoder, FPN and heads
     fastest. Biases and norms, all 1-D, have no weight decay. Frozen position tables are in no
     group.
     """
@@ -764,7 +768,7 @@ def from_official(state_dict, config=CONFIGS["base"]):
     Reads MIMDet's releases, whole or backbone alone (v2: fill="conv"; v1: fill="mask", and grid=14
     if its tables have 197 rows), MAE with its decoder, and ViTs named as in timm. The table of a
     plain ViT is resized to config.grid, as the authors do. What has no place here (class token,
-    patch embedding, MAE's later decoder blocks) is left out.
+    MAE's later decoder blocks, the patch embedding unless config.stem is "patch") is left out.
     """
     state = {}
     for key, value in state_dict.get("model", state_dict).items():

@@ -212,8 +212,8 @@ def draw_mask(kind, cells, ratio, generator, side=16):
     """Which cells of a grid (h, w) are hidden: (h, w) bool, ceil(ratio * h * w) of them.
 
     "random": any cells; "square": one square at a random place, of about that many; "block": BEiT's
-    rectangles, of at least 64 x 64 pixels if `side` is a cell's, one after another
-    (arXiv:2106.08254, Alg. 1).
+    rectangles of at least 64 x 64 pixels, one after another (arXiv:2106.08254, Alg. 1). side: of a
+    cell, in pixels.
     Differs: where no rectangle fits in ten tries a part of the last one fills up what is wanted.
     """
     h, w = cells
@@ -235,7 +235,7 @@ def draw_mask(kind, cells, ratio, generator, side=16):
             area, aspect = torch.rand(2, generator=generator).tolist()
             area = least + area * (max(least, left) - least)
             aspect = 0.3 ** (1 - 2 * aspect)
-            rows, columns = (max(1, round(math.sqrt(x))) for x in (area * aspect, area / aspect))
+            rows, columns = (max(1, round(math.sqrt(s))) for s in (area * aspect, area / aspect))
             y, x = draw(0, max(0, h - rows)), draw(0, max(0, w - columns))
             block = mask[y : y + rows, x : x + columns]
             fresh, tries = (~block).nonzero(), tries + 1
@@ -638,7 +638,7 @@ class SimMIM(nn.Module):
             self.head = nn.Linear(self.encoder.width, num_classes)
             nn.init.zeros_(self.head.bias)
             nn.init.trunc_normal_(self.head.weight, std=0.02)
-            self.head.weight.data *= 0.001 if after else 1
+            self.head.weight.data *= 0.001 if after else 1  # as released
             if c.freeze:
                 self.encoder.requires_grad_(False)
         else:

@@ -194,9 +194,9 @@ PLAN = dict(about=str, schedule=int, batch_size=int, lr=float)
 def check_run(path, data):
     """Refuse a file that says it is a run of ours if its parts are not what save_run writes."""
     plan = data.setdefault("plan", {})  # older files have none
-    parts = [(data, RUN), (plan, PLAN)] if plan else [(data, RUN)]
-    parts += [(row, dict(id=int | str, name=str)) for row in data.get("classes") or [None]]
     with reading(path):
+        parts = [(data, RUN), (plan, PLAN)] if plan else [(data, RUN)]
+        parts += [(row, dict(id=int | str, name=str)) for row in data["classes"]]
         for part, kinds in parts:
             for key, kind in kinds.items():
                 if not isinstance(part[key], kind):

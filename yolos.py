@@ -35,6 +35,7 @@ class Config:
     embed_dim: int = 768  # width C of the sequence
     depth: int = 12  # blocks
     num_heads: int = 12
+    patch: int = 16  # side of the patches; 16 with stem="conv"
     det_tokens: int = 100  # Q: at most so many objects are found in an image (Sec. 3.1)
     pos_grid: tuple = (50, 84)  # patches (h, w) in the stored position table: 800 x 1344 px
     mid_pos_grid: tuple = (50, 84)  # of the tables added between the blocks; () has none (Table 9)
@@ -42,7 +43,6 @@ class Config:
     checkpoint: bool = False  # recompute blocks in the backward pass, to save memory
     # The departures of nano, which learns from scratch in minutes; off in the paper's variants.
     stem: str = "patch"  # "patch": one convolution; "conv": MIMDet's four 3x3 ones
-    patch: int = 16  # side of the patches; 16 with "conv"
     anchors: bool = False  # [DET] tokens stand on points of a grid: see anchor_points
     patch_loss: float = 0.0  # weight of the same losses on patches, matched to what covers them
     xavier: bool = False  # initial weights of the blocks: Xavier instead of normal with std 0.02

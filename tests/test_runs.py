@@ -205,6 +205,7 @@ SPOILT = {
     "other model": (changed(name="pvt"), ("--resume",), "not a run of yolos"),
     "no classes": (without("classes"), EVERYWHERE, "'classes'"),
     "classes": (changed(classes=[1, 2]), EVERYWHERE, "damaged"),
+    "one class": (changed(classes=5), EVERYWHERE, "damaged"),
     "class names": (changed(classes=[{"id": 1, "name": None}]), EVERYWHERE, "name is a NoneType"),
     "seed": (changed(seed="1"), EVERYWHERE, "seed is a str"),
     "step": (changed(step=1.5), EVERYWHERE, "step is a float"),
