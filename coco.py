@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -287,10 +288,16 @@ class CocoDataset(Dataset):
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
             "labels": torch.tensor([self.label_of[a["category_id"]] for a in objects]).long(),
         }
-        if self.has_masks:
+        if self.has_masks and all(isinstance(a["segmentation"], list) for a in objects):
+            # Polygons stay corners until the image has its final size: drawn there once, they are
+            # far quicker than masks that are resized.
+            polygons = [[np.reshape(p, (-1, 2)) for p in a["segmentation"]] for a in objects]
+            corners = np.concatenate([np.zeros((0, 2)), *itertools.chain(*polygons)])
+            target["corners"] = torch.from_numpy(corners)  # (P, 2) xy of all polygons
+            target["counts"] = [[len(p) for p in each] for each in polygons]  # of each object's
+        elif self.has_masks:
             masks = [torch.from_numpy(self.truth.annToMask(a)) for a in objects]
-            masks = torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8)
-            target["masks"] = tv_tensors.Mask(masks)
+            target["masks"] = tv_tensors.Mask(torch.stack(masks))
         return image, target
 
 
@@ -416,11 +423,32 @@ def finish(image, target):
     if "boxes" not in target:
         return image, target
     boxes = clip_boxes_to_image(target["boxes"].as_subclass(torch.Tensor), image.shape[-2:])
+    target = target | {"boxes": boxes}
     keep = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
+    if "corners" in target:
+        polygons = target.pop("corners"), target.pop("counts")
+        target["masks"] = draw_polygons(*polygons, image.shape[-2:])
     if "masks" in target:
-        target["masks"] = target["masks"].as_subclass(torch.Tensor).bool()
-        keep &= target["masks"].flatten(1).any(dim=1)
-    return image, {name: value[keep] for name, value in (target | {"boxes": boxes}).items()}
+        masks = target["masks"].as_subclass(torch.Tensor)  # uint8: far quicker than bool's any
+        keep &= masks.amax(dim=(1, 2)) > 0
+        target["masks"] = masks.view(torch.bool)
+    return image, {name: value[keep] for name, value in target.items()}
+
+
+def draw_polygons(corners, counts, size):
+    """Masks (M, H, W) uint8, 0 or 1, of M objects.
+
+    corners: (P, 2) xy in pixels of all polygons one after another; counts: for each object a list
+    of how many corners its polygons have; size: (H, W).
+    """
+    from pycocotools import mask as mask_api
+
+    polygons = iter(corners.split([*itertools.chain(*counts)]))
+    masks = [[next(polygons).flatten().tolist() for _ in each] for each in counts]
+    masks = [mask_api.merge(mask_api.frPyObjects(each, *size)) for each in masks]
+    if not masks:
+        return torch.zeros(0, *size, dtype=torch.uint8)
+    return torch.from_numpy(mask_api.decode(masks)).permute(2, 0, 1)
 
 
 # --- 2. Transform ---------------------------------------------------------------------------------
@@ -456,8 +484,8 @@ class Transform:
 
     def __call__(self, image, target):
         r, train = self.recipe, self.train
-        if train:
-            image, target = v2.RandomHorizontalFlip(0.5)(image, target)
+        if train and torch.rand(1) < 0.5:
+            image, target = self.flip(image, target)
         if self.task in ("classify", "pretrain"):
             if not r["sizes"] or len(r["crop"]) not in (0, 2):
                 raise DataError("--set: give sizes=128, and crop=0.5,1.0 or crop=")
@@ -482,15 +510,35 @@ class Transform:
         return image, target
 
     @staticmethod
+    def flip(image, target):
+        return follow(v2.functional.horizontal_flip, image, target, (-1, 1), (image.shape[-1], 0))
+
+    @staticmethod
     def resize(image, target, short, longest=math.inf, multiple=1):
-        size = resized(*image.shape[-2:], short, longest, multiple)
-        return v2.Resize(size)(image, target) if size != image.shape[-2:] else (image, target)
+        old = image.shape[-2:]
+        h, w = size = resized(*old, short, longest, multiple)
+        if size == old:
+            return image, target
+        operation = partial(v2.functional.resize, size=size)
+        return follow(operation, image, target, (w / old[1], h / old[0]))
 
     @staticmethod
     def crop(image, target, low, high):
         """A random place of the image, its sides drawn from low..high where it is so large."""
-        limits = [(min(side, low), min(side, high) + 1) for side in image.shape[-2:]]
-        return v2.RandomCrop([int(torch.randint(*limit, ())) for limit in limits])(image, target)
+        sides = image.shape[-2:]
+        h, w = (int(torch.randint(min(s, low), min(s, high) + 1, ())) for s in sides)
+        top, left = (int(torch.randint(s - x + 1, ())) for s, x in zip(sides, (h, w), strict=True))
+        operation = partial(v2.functional.crop, top=top, left=left, height=h, width=w)
+        return follow(operation, image, target, shift=(-left, -top))
+
+
+def follow(operation, image, target, scale=(1, 1), shift=(0, 0)):
+    """Image, boxes and masks after the operation; corners (P, 2) become scale * corners + shift."""
+    changed = {k: operation(v) for k, v in target.items() if isinstance(v, tv_tensors.TVTensor)}
+    if "corners" in target:
+        corners = target["corners"]
+        changed["corners"] = corners * corners.new_tensor(scale) + corners.new_tensor(shift)
+    return operation(image), target | changed
 
 
 def choice(values):

@@ -65,6 +65,42 @@ def test_polygons_and_run_lengths_give_the_same_mask(write_coco):
     assert (masks == expected).all() and masks.dtype == torch.bool
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        dict(),
+        dict(sizes=(97,), max_size=200),
+        dict(sizes=(30, 60), crop=(20, 50)),
+        dict(crop=(25,)),
+    ],
+)
+def test_polygons_follow_the_image_as_their_masks_would(write_coco, recipe):
+    angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+    radii = 160 * np.array([1, 0.5] * 6)[:, None]
+    star = np.stack([np.cos(angles), np.sin(angles)], 1) * radii + [303.4, 196.2]
+    polygons = [star.flatten().tolist(), [20, 30, 125.5, 40, 80, 150]]  # one object of two parts
+    objects = [annotation(0, [20, 30, 450, 330], segmentation=polygons)]
+    root = write_coco(objects, {"a.png": torch.zeros(3, 400, 600, dtype=torch.uint8)})
+    drawn, cut = coco.CocoDataset(root, "train"), coco.CocoDataset(root, "train")
+    truth = torch.from_numpy(cut.truth.annToMask(cut.objects[0][0]))
+    for a in cut.objects[0]:  # the same object by its run lengths, which are resized as pictures
+        a["segmentation"] = cut.truth.annToRLE(a)
+    assert torch.equal(drawn[0][1]["masks"][0], truth.bool())
+    task = "segment" if len(recipe.get("crop", ())) == 1 else "detect"
+    for dataset in (drawn, cut):
+        dataset.transform = coco.Transform(PLAIN | recipe, True, task)
+    for seed in range(12):
+        (image, found), (_, expected) = drawn[0, seed], cut[0, seed]
+        assert found["masks"].shape[1:] == image.shape[1:]
+        assert torch.equal(found["boxes"], expected["boxes"])
+        for mask, other in zip(found["masks"], expected["masks"], strict=True):
+            thick, thin = (
+                -pad * torch.nn.functional.max_pool2d(-pad * other[None].float(), 5, 1, 2)[0]
+                for pad in (-1, 1)
+            )
+            assert ((mask == other) | (thick != thin)).all()  # they differ at outlines alone
+
+
 def test_some_missing_segmentations_turn_masks_off_aloud(write_coco):
     root = write_coco(
         [
