@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -74,7 +75,13 @@ def parse_args(argv):
         "--attention", nargs="*", type=int, metavar="TOKEN", help="draw where [DET] tokens look too"
     )
     add("--summary", action="store_true", help="print parameters and GFLOPs of every variant")
-    add("--benchmark", action="store_true", help="print speed and memory of forward and step")
+    add(
+        "--benchmark",
+        nargs="?",
+        const="one",
+        choices=["one", "all"],
+        help="print speed, memory and share of the machine's peak; all: of every model, at 3 sizes",
+    )
     return parser.parse_args(argv)
 
 
@@ -704,60 +711,142 @@ def summary():
     print("80 classes; one image; a multiplication and its addition count as two operations")
 
 
-def benchmark(args, module, recipe, net, dataset):
-    """Median speed of forward and training step on one real batch, repeated; peak memory."""
-    batches = coco.Batches(dataset, args.batch_size, 0, 1, args.seed)
-    loader = make_loader(args, dataset, batch_sampler=batches)
-    images, targets = to_device(next(iter(loader)), args.device)
-    optimizer = torch.optim.AdamW(module.param_groups(net, recipe), lr=1e-5, fused=True)
-    model = torch.compile(net) if args.compile else net
+SIZES = (128, 192, 256)  # pixels of the short side, for --benchmark all
 
-    def forward():
-        net.eval()
-        with torch.inference_mode(), autocast(args):
+
+def benchmark(args):
+    """Speed, memory and share of the machine's peak, of one model or of all at three sizes.
+
+    A table, and the same as a line of json. The peak is that of a matrix product timed here. On
+    real images, because matching, suppression and pasting take as long as there is to find.
+    """
+    peak, rows = peak_flops(args), []
+    jobs = itertools.product(MODELS, SIZES) if args.benchmark == "all" else [(args.model, None)]
+    for name, size in jobs:
+        one = argparse.Namespace(**vars(args) | dict(model=name, set=[*args.set]))
+        if size and hasattr(MODELS[name].Config, "img_size"):
+            one.set += [f"img_size={size}"]
+        elif size:
+            one.set += [f"sizes={size}", f"max_size={5 * size // 3}"]
+        rows += measure(one, peak)
+    threads = f"{torch.get_num_threads()} threads, " if args.device.type == "cpu" else ""
+    print(f"\n{args.device}, {threads}amp {args.amp}; matrix product {peak / 1e9:,.0f} GFLOP/s")
+    print("model    variant    images         work           ms  images/s    GFLOP  of peak    GiB")
+    for r in rows:
+        images = f"{r['batch']} x {r['height']}x{r['width']}"
+        row = f"{r['model']:8} {r['variant']:10} {images:14} {r['work']:8} {r['ms']:8.1f}"
+        row += f" {r['images_per_second']:9.1f} "
+        if r["work"] == "load":
+            row += f" one process; {r['waits']:.1%} of training is waiting for images"
+        else:
+            row += f"{r['gflop']:8,.1f} {r['of_peak']:8.1%} {r['gib']:6.2f}"
+        print(row)
+    print(
+        json.dumps(dict(device=str(args.device), amp=args.amp, peak_gflops=peak / 1e9, rows=rows))
+    )
+
+
+def measure(args, peak):
+    """Rows of the table: answering and training on one batch, and loading such batches."""
+    module, recipe, net, _, dataset, *_ = prepare(args)
+    repeats, args.accumulate, args.schedule = args.steps or 5, 1, 100
+    args.lr = args.lr or recipe["lr"]
+    batches = iter(coco.Batches(dataset, args.batch_size, 0, repeats + 2, args.seed))
+    load = lambda _=None: coco.collate([dataset[item] for item in next(batches)])  # noqa: E731
+    images, targets = to_device(load(), args.device)
+    optimizer = torch.optim.AdamW(module.param_groups(net, recipe), lr=args.lr, fused=True)
+
+    def forward(model):
+        model.eval()
+        with torch.no_grad(), autocast(args):
             model(images)
 
-    def step():
-        net.train()
-        with autocast(args):
-            losses = model(images, targets)
-        sum(losses.values()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def step(model):
+        train_step(args, model, optimizer, recipe, itertools.repeat((images, targets)), 0)
 
-    sizes = sorted({tuple(image.shape[-2:]) for image in images})
-    about = f"{args.model} {args.variant}, {args.device}, amp {args.amp}"
-    print(f"{about}, {len(images)} images of {sizes[0]} to {sizes[-1]}")
-    for work in (forward, step):
+    def seconds(work, model):
         times = []
-        for _ in range(args.steps or 7):
+        for _ in range(repeats + 1):
             began = time.perf_counter()
-            work()
+            work(model)
             getattr(torch, args.device.type).synchronize()
             times.append(time.perf_counter() - began)
-        seconds = statistics.median(times[1:] or times)  # the first warms up
-        speed = f"{len(images) / seconds:8.2f} images/s  {1000 * seconds:9.1f} ms"
-        print(f"{work.__name__:8} {speed}  peak {peak_memory(args.device)}")
+        return statistics.median(times[1:])  # the first warms up
+
+    model, rows = torch.compile(net) if args.compile else net, []
+    for work in (forward, step):
+        # In plain formulas, because the counter does not know every fused kernel.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            work(net)
+        flops = counter.get_total_flops()
+        reset_peak_memory(args.device)
+        t = seconds(work, model)
+        costs = dict(gflop=flops / 1e9, of_peak=flops / t / peak, gib=peak_memory(args.device))
+        rows.append(dict(work=work.__name__, ms=1000 * t) | costs)
+    loading = seconds(load, None)
+    wait = max(0, loading / args.workers - t) if args.workers else loading
+    rows.append(dict(work="load", ms=1000 * loading, waits=wait / (wait + t)))
+    height, width = images[0].shape[1:]
+    about = dict(model=args.model, variant=args.variant, batch=len(images))
+    about |= dict(height=height, width=width)
+    return [about | row | dict(images_per_second=1000 * len(images) / row["ms"]) for row in rows]
+
+
+def peak_flops(args):
+    """Operations a second in the product of two large square matrices, the best of 8."""
+    size = 2048 if args.device.type == "cpu" else 8192
+    dtype = torch.bfloat16 if args.amp == "bf16" else torch.float32
+    a, times = torch.randn(size, size, device=args.device, dtype=dtype), []
+    for _ in range(8):
+        began = time.perf_counter()
+        a @ a
+        getattr(torch, args.device.type).synchronize()
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 / min(times)
+
+
+def reset_peak_memory(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # Linux; elsewhere the peak is that of the whole run
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device):
+    """Most memory used, in GiB: of the GPU, or of this process; nan where nobody tells."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
+        return torch.cuda.max_memory_allocated() / 2**30
     try:
         import resource
     except ImportError:  # Windows
-        return "n/a"
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 # --- 6. Main --------------------------------------------------------------------------------------
 
 
 def run(args):
-    module = MODELS[args.model]
     if args.attention is not None and not args.predict:
         raise DataError("--attention goes with --predict IMAGE")
+    if args.benchmark:
+        return benchmark(args)
+    module, recipe, net, data, dataset, held_out, classes = prepare(args)
+    if args.predict:
+        return predict(args, net, recipe, classes)
+    if not args.eval_only:
+        return report(args, train(args, module, recipe, net, data, dataset, held_out))
+    args.out.mkdir(parents=True, exist_ok=True)
+    metrics = evaluate(args, net, held_out, "eval-only")
+    if hasattr(module, "specialisation") and args.rank == 0:
+        show_tokens(args, module, held_out)
+    report(args, metrics)
+
+
+def prepare(args):
+    """What the arguments ask for: model file, recipe, model, checkpoint, data sets and classes."""
+    module = MODELS[args.model]
     args.out, args.skipped = choose_out(args), set()
     path, data, continues = starting_point(args)
     config, recipe = settings(args, module, path, data if continues else None)
@@ -773,18 +862,7 @@ def run(args):
     net = make_net(args, module, config, len(classes))
     if path:
         load_weights(net, module, args, path, data, continues or bool(args.predict))
-    if args.predict:
-        predict(args, net, recipe, classes)
-    elif args.benchmark:
-        benchmark(args, module, recipe, net, dataset)
-    elif args.eval_only:
-        args.out.mkdir(parents=True, exist_ok=True)
-        metrics = evaluate(args, net, held_out, "eval-only")
-        if hasattr(module, "specialisation") and args.rank == 0:
-            show_tokens(args, module, held_out)
-        report(args, metrics)
-    else:
-        report(args, train(args, module, recipe, net, data, dataset, held_out))
+    return module, recipe, net, data, dataset, held_out, classes
 
 
 def settings(args, module, path, data):
