@@ -331,7 +331,8 @@ class BEiTAttention(nn.Module):
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, qkv_bias).reshape(B, N, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, N, d)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))  # (B, h, N, d)
+        bias = bias[None].to(q.dtype)  # with four dimensions prediction gets the fused kernel
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, h, N, d)
         return self.proj(x.transpose(1, 2).reshape(B, N, C))  # (B, N, C)
 
 

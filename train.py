@@ -8,6 +8,7 @@ torchrun --nproc-per-node=8 train.py --model mimdet ...    # several GPUs
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -720,15 +721,18 @@ def benchmark(args):
     A table, and the same as a line of json. The peak is that of a matrix product timed here. On
     real images, because matching, suppression and pasting take as long as there is to find.
     """
-    peak, rows = peak_flops(args), []
-    jobs = itertools.product(MODELS, SIZES) if args.benchmark == "all" else [(args.model, None)]
-    for name, size in jobs:
+    peak, jobs = peak_flops(args), []
+    every = itertools.product(MODELS, SIZES)
+    for name, size in every if args.benchmark == "all" else [(args.model, None)]:
         one = argparse.Namespace(**vars(args) | dict(model=name, set=[*args.set]))
         if size and hasattr(MODELS[name].Config, "img_size"):
             one.set += [f"img_size={size}"]
         elif size:
             one.set += [f"sizes={size}", f"max_size={5 * size // 3}"]
-        rows += measure(one, peak)
+        jobs.append(one)
+    # Each in a process of its own, whose memory is not what another has left behind.
+    with torch.multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        rows = sum(pool.imap(functools.partial(measure, peak=peak), jobs), [])
     threads = f"{torch.get_num_threads()} threads, " if args.device.type == "cpu" else ""
     print(f"\n{args.device}, {threads}amp {args.amp}; matrix product {peak / 1e9:,.0f} GFLOP/s")
     print("model    variant    images         work           ms  images/s    GFLOP  of peak    GiB")
@@ -748,6 +752,7 @@ def benchmark(args):
 
 def measure(args, peak):
     """Rows of the table: answering and training on one batch, and loading such batches."""
+    settle(args)
     module, recipe, net, _, dataset, *_ = prepare(args)
     repeats, args.accumulate, args.schedule = args.steps or 5, 1, 100
     args.lr = args.lr or recipe["lr"]

@@ -172,14 +172,14 @@ def test_summary_prints_every_variant(capsys):
 
 @pytest.mark.parametrize("which", ["one", "all"])
 def test_benchmark_prints_speed_memory_and_share_of_peak(shapes, capsys, monkeypatch, which):
-    monkeypatch.setattr(train, "SIZES", (64, 128))
+    monkeypatch.setattr(train, "SIZES", (128,))
     args = ("--data", shapes, "--steps", 1, "--batch-size", 1, "--workers", 0)
     assert run(*args, "--benchmark", which, tiny=which == "one") == 0
     *_, line = capsys.readouterr().out.splitlines()
     found = json.loads(line)
     rows, names = found["rows"], list(train.MODELS) if which == "all" else ["mimdet"]
     assert list(dict.fromkeys(row["model"] for row in rows)) == names
-    assert len(rows) == (24 if which == "all" else 3)
+    assert len(rows) == (12 if which == "all" else 3)
     for row in rows:
         assert row["images_per_second"] == pytest.approx(1000 / row["ms"])
         if row["work"] == "load":
@@ -188,12 +188,11 @@ def test_benchmark_prints_speed_memory_and_share_of_peak(shapes, capsys, monkeyp
             share = row["gflop"] / (row["ms"] / 1000) / found["peak_gflops"]
             assert row["of_peak"] == pytest.approx(share) and 0.05 < row["gib"] < 50
     if which == "all":
-        cost = {(r["model"], min(r["height"], r["width"]), r["work"]): r.get("gflop") for r in rows}
-        assert all(cost[n, 64, w] < cost[n, 128, w] for n in names for w in ("forward", "step"))
+        cost = {row["model"]: row["gflop"] for row in rows if row["work"] == "forward"}
         c = train.MODELS["yolos"].CONFIGS["nano"]
         n, d = 1 + 8 * 8 + c.det_tokens, c.embed_dim
         blocks = c.depth * 2 * (12 * n * d**2 + 2 * n**2 * d)  # fused attention is counted too
-        assert cost["yolos", 128, "forward"] > blocks / 1e9
+        assert cost["yolos"] > blocks / 1e9
 
 
 def test_init_says_what_became_of_every_tensor(finished, shapes, tmp_path, capsys):
