@@ -539,6 +539,8 @@ def train(args, module, recipe, net, data, dataset, held_out):
             list_skipped(args)  # waits for all: whoever leaves first ends those who write
             say(args, f"interrupted after step {done}; the same command goes on with")
             say(args, f"--resume {args.out / 'last.pt'}")
+            if args.world > 1:
+                dist.destroy_process_group()  # its threads may abort a process that just leaves
             sys.exit(130)
         if evaluates:
             metrics = evaluate(args, net, held_out, f"epoch-{done / args.per_epoch:06.2f}")
