@@ -837,6 +837,8 @@ def peak_memory(device):
 def run(args):
     if args.attention is not None and not args.predict:
         raise DataError("--attention goes with --predict IMAGE")
+    if args.benchmark and args.world > 1:
+        raise DataError("--benchmark measures one process: start it without torchrun")
     if args.benchmark:
         return benchmark(args)
     module, recipe, net, data, dataset, held_out, classes = prepare(args)
