@@ -7,6 +7,8 @@ back together, and the hybrid is the backbone of an ordinary Mask R-CNN.
 Flow: image (B, 3, H, W) -> stem maps of strides 4, 8, 16 -> half of the N tokens (B, N/2, C)
       -> encoder -> all tokens (B, N, C') -> decoder -> FPN p2..p6 -> proposals
       -> boxes (D, 4), scores (D,), labels (D,), masks (D, H, W)
+Padding: seen by the stem's GroupNorm, attention and RPN, as released, but its tokens are kept last;
+      in prediction only images of equal padded size share a batch.
 Compare: yolos.py has no pyramid, anchors or proposals; pvt.py builds the pyramid inside the
 transformer; simmim.py trains the encoder that is put to work here.
 """
@@ -74,10 +76,10 @@ PAPER = dict(
     epochs=36, warmup=469,  # steps
     schedule=(0.75, 0.9167),  # lr x 0.1 at these parts of the run; "cosine" is the other choice
     sizes=(480, 512, 544, 576, 608, 640, 736, 768, 800),  # short sides; no 672, 704, as released
-    max_size=1333, multiple=1,  # long sides; sides need be no multiple of anything
-    crop=(384, 600),  # every second image: short side 400-600, then a crop with sides in this range
+    max_size=1333, multiple=1,  # long sides; sides are not cut to a multiple
+    crop=(384, 600),  # every second image: resized to 400, 500 or 600, then cropped to such sides
 )
-RECIPES = {
+RECIPES = {  # by variant-task, variant, task or head; the others train by "paper"
     # nano: images keep their own size (sizes=()) up to a long side of 320.
     "nano": dict(lr=1e-3, batch_size=4, lr_spread=2.0, weight_decay=0.05, clip=1.0, epochs=0.85,
                  warmup=50, schedule="cosine", sizes=(), max_size=320, multiple=1, crop=()),
@@ -208,7 +210,7 @@ def group_by_padded_size(images, multiple):
 
 
 class ConvStem(nn.Module):
-    """Four 3x3 convolutions of stride 2 in place of the 16x16 patch embedding (Sec. 3.2)."""
+    """Four 3x3 convolutions of stride 2 in place of 16x16 patches (MIMDet, Sec. 3.2)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -270,7 +272,7 @@ class Encoder(nn.Module):
         tokens = stem.flatten(2).transpose(1, 2)  # (B, N, C)
         tokens = tokens + pos_embed_for(self.pos_embed, stem.shape[-2:])
         ids = None
-        if ratio < 1 or self.training:
+        if ratio < 1 or self.training:  # at 1 too: then conv_feat_proj has a gradient, of zeros
             if noise is None:
                 noise = torch.rand(*tokens.shape[:2], device=x.device)  # (B, N)
             ids = sample_tokens(noise, sizes, stem.shape[-2:], ratio, self.stride)  # (B, N_kept)
@@ -317,7 +319,7 @@ class Decoder(nn.Module):
 class ScaleMap(nn.Sequential):
     """Map of stride `old` -> stride `new`: deconvolutions up, pooling down (arXiv:2111.11429).
 
-    Differs: each deconvolution is followed by GroupNorm and GELU; there, only the first of two.
+    Differs: each deconvolution is followed by GroupNorm and GELU; in ViTDet only the first of two.
     """
 
     def __init__(self, dim, old, new):
@@ -329,7 +331,7 @@ class ScaleMap(nn.Sequential):
 
 
 def pos_embed_for(table, grid):
-    """The stored square table without its class-token row, resized to a batch's grid: (1, N, C)."""
+    """The stored square table without its class-token row, for a padded batch's grid: (1, N, C)."""
     side = math.isqrt(table.shape[1] - 1)
     return resize_grid(table[:, 1:], (side, side), grid)
 
@@ -397,14 +399,16 @@ def subsample(label, total, fraction):
     return objects, background[pick]
 
 
-def pool_rois(maps, boxes_per_image, size, scale):
-    """Crops (R, C, size, size) from p2..p5; a box of side 28 * scale comes from p4 (FPN, Eq. 1).
+def pool_rois(maps, boxes_per_image, size, anchor_scale):
+    """Crops (R, C, size, size) from p2..p5 (FPN, arXiv:1612.03144, Eq. 1).
 
-    aligned RoIAlign with as many samples per bin as the box needs (Detectron2's ROIAlignV2).
+    A box of side 28 * anchor_scale, the paper's 224 px, comes from p4.
+
+    Aligned RoIAlign with as many samples per bin as the box needs (Detectron2's ROIAlignV2).
     """
     boxes = torch.cat(boxes_per_image)
     side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
-    level = (4 + (side / (28 * scale) + 1e-8).log2()).floor().clamp(2, 5) - 2
+    level = (4 + (side / (28 * anchor_scale) + 1e-8).log2()).floor().clamp(2, 5) - 2
     image = [b.new_full((len(b), 1), i) for i, b in enumerate(boxes_per_image)]
     rois = torch.cat([torch.cat(image), boxes], dim=1)  # (R, 5)
     pooled = boxes.new_zeros(len(rois), maps[0].shape[1], size, size)
@@ -446,7 +450,7 @@ def conv_bn_relu(dim):
 
 
 class RPN(nn.Module):
-    """Region proposal network on every map: objectness and box deltas of 3 anchors a place."""
+    """Objectness and box deltas of 3 anchors a place (Faster R-CNN, arXiv:1506.01497, Sec. 3.1)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -501,7 +505,7 @@ BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
 def rpn_losses(logits, deltas, anchors, targets, batch):
-    """Objectness cross-entropy and L1 on deltas, both over `batch` sampled anchors an image."""
+    """Objectness cross-entropy and L1 on deltas, both divided by `batch` an image, however few."""
     logits, deltas, anchors = torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors)
     loss_cls = loss_box = 0.0
     for logit, delta, target in zip(logits, deltas, targets, strict=True):
@@ -662,7 +666,8 @@ class MIMDet(nn.Module):
     def roi_losses(self, maps, proposals, targets):
         """Cross-entropy and L1 of sampled boxes, binary cross-entropy of the objects' masks.
 
-        Means over this process's boxes and objects, as released.
+        The first two are divided by all R boxes, background too, the last by the objects' 28 x 28
+        cells; of this process, as released.
         """
         c, K = self.config, self.num_classes
         rois, labels, wanted_boxes, mask_rois, wanted_masks = [], [], [], [], []
@@ -717,7 +722,7 @@ class MIMDet(nn.Module):
                 result["masks"] = m  # (D, 28, 28)
         return [rescale(*each) for each in zip(results, sizes, out_sizes, strict=True)]
 
-    def dense(self, images):
+    def every_layer(self, images):
         """Every layer once, on fixed shapes, selecting nothing: what --summary counts."""
         c = self.config
         x, sizes = pad_batch(images, 32)

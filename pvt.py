@@ -5,6 +5,8 @@ three times, like a CNN, so that any dense head can stand on it. What makes so m
 affordable: keys and values come from a map that a strided convolution has shrunk (SRA).
 Flow: image (B, 3, H, W) -> four stages (B, C, H/4, W/4) ... (B, C, H/32, W/32) -> one head:
       classes, RetinaNet's boxes on five levels, DETR's set of boxes, or a map of classes
+Padding: seen by the four stages, as released, and by no head of queries; in prediction only images
+      of equal padded size share a batch.
 Compare: mimdet.py builds a pyramid around a plain ViT; yolos.py needs none; the DETR head's
 matching and losses are yolos.py's.
 """
@@ -43,7 +45,7 @@ class Config:
     num_heads: tuple = (1, 2, 5, 8)
     mlp_ratios: tuple = (8, 8, 4, 4)
     sr_ratios: tuple = (8, 4, 2, 1)  # R: keys and values are R x R times fewer (Eq. 2-4); 1: all
-    drop_path: float = 0.1  # of the last block, falling to 0 at the first
+    drop_path: float = 0.1  # of the last block, growing linearly from 0
     pos_size: int = 224  # side of the image that the stored position tables belong to
     design: str = "v1"  # "v2": arXiv:2106.13797; "v2_li": its linear attention
     checkpoint: bool = False  # recompute blocks in the backward pass, to save memory
@@ -54,7 +56,7 @@ class Config:
     queries: int = 100  # DETR: at most so many objects are found in an image
     # The departures of nano, which learns from scratch in minutes; off in the paper's variants.
     group_norm: bool = False  # RetinaNet: GroupNorm in pyramid and towers
-    anchors: bool = False  # DETR: queries stand on points of a grid: see anchor_points
+    reference_points: bool = False  # DETR: queries stand on a grid: positions, boxes and matching
     patch_loss: float = 0.0  # DETR: weight of the same losses on what the encoder makes of patches
 
     @property
@@ -72,7 +74,7 @@ CONFIGS = {  # with the parameters as RetinaNet for 80 classes, and as classifie
     # takes the published heads far longer than minutes.
     "nano": Config(embed_dims=(32, 64, 96, 128), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4),
                    mlp_ratios=(4, 4, 4, 4), drop_path=0.0, pos_size=128, head_dim=64, head_depth=2,
-                   queries=25, group_norm=True, anchors=True, patch_loss=1.0),
+                   queries=25, group_norm=True, reference_points=True, patch_loss=1.0),
     # As classifiers medium and large have drop_path 0.3 and clip 1.0, as segmenters 0.1.
     "tiny": Config(),  # 22,964,724; 13,229,288
     "small": Config(depths=(3, 4, 6, 3)),  # 34,221,300; 24,485,864
@@ -99,7 +101,8 @@ NANO = dict(
     lr=1e-3, batch_size=8, backbone_lr=1.0, weight_decay=0.05, clip=1.0, epochs=3, warmup=100,
     schedule="cosine", sizes=(), max_size=320, multiple=1, crop=(),
 )
-RECIPES = {  # "nano" is RetinaNet's; nano images keep their own size (sizes=())
+RECIPES = {  # by variant-task, variant, task or head; the others train by "paper"
+    # nano: RetinaNet; images keep their own size (sizes=()) up to a long side of 320.
     "nano": NANO,
     "nano-classifier": NANO | dict(batch_size=32, sizes=(64,), crop=(0.5, 1.0)),
     "paper": PAPER,
@@ -252,7 +255,7 @@ class SpatialReductionAttention(nn.Module):
     def reduce(self, x, grid):
         if self.sr_ratio == 1:
             return x
-        x = self.sr(x.transpose(1, 2).unflatten(2, grid))  # (B, C, H/R, W/R)
+        x = self.sr(x.transpose(1, 2).unflatten(2, grid))  # (B, C, H/R, W/R), a remainder cut off
         return self.norm(x.flatten(2).transpose(1, 2))  # (B, n, C)
 
 
@@ -313,8 +316,8 @@ class PyramidVisionTransformer(nn.Module):
         self.config = c
         stages = check_stages(c)
         v1, self.has_token = c.design == "v1", c.design == "v1" and c.head == "classifier"
-        # A smaller image has no cell left in the last stage, or no key.
-        self.least = max(32, *(4 * 2**s * r for s, r in enumerate(c.sr_ratios)))
+        # Smaller images are padded to this: else the last stage has no cell, or a stage no key.
+        self.min_side = max(32, *(4 * 2**s * r for s, r in enumerate(c.sr_ratios)))
         total, index = max(1, sum(c.depths) - 1), 0
         dims = (3, *c.embed_dims)
         for s, (dim, depth, heads, ratio, sr) in enumerate(zip(*stages, strict=True)):
@@ -352,7 +355,8 @@ class PyramidVisionTransformer(nn.Module):
         With a class token a fifth entry holds its vector (B, C).
         """
         c, maps = self.config, []
-        x = F.pad(x, (0, max(0, self.least - x.shape[3]), 0, max(0, self.least - x.shape[2])))
+        right, bottom = (max(0, self.min_side - side) for side in (x.shape[3], x.shape[2]))
+        x = F.pad(x, (0, right, 0, bottom))
         for s in range(1, 5):
             x, grid = getattr(self, f"patch_embed{s}")(x)  # (B, N, C)
             if c.design == "v1":
@@ -466,7 +470,7 @@ def grid_points(rows, columns):
     return torch.stack([x.expand(rows, -1), y[:, None].expand(-1, columns)], dim=2).flatten(0, 1)
 
 
-def anchor_points(count):
+def spread_points(count):
     """The first `count` points of the squarest grid that has so many: (count, 2), x and y."""
     columns = math.ceil(count**0.5)
     return grid_points(math.ceil(count / columns), columns)[:count]
@@ -481,9 +485,9 @@ def normalise_boxes(boxes_xyxy, size):
 def smallest_cover(points_norm, boxes_norm):
     """Index (N,) of the smallest box (M, 4) cxcywh over each point (N, 2), -1 where none is."""
     inside = (points_norm[:, None] - boxes_norm[:, :2]).abs() < boxes_norm[:, 2:] / 2  # (N, M, 2)
-    area = torch.where(inside.all(dim=2), boxes_norm[:, 2:].prod(dim=1), 9.0)  # (N, M)
-    area, index = F.pad(area, (0, 1), value=8.0).min(dim=1)  # (N,)
-    return index.masked_fill(area == 8, -1)
+    area = torch.where(inside.all(dim=2), boxes_norm[:, 2:].prod(dim=1), torch.inf)  # (N, M)
+    area, index = F.pad(area, (0, 1), value=2.0).min(dim=1)  # (N,); no box is larger than 1
+    return index.masked_fill(area == 2, -1)
 
 
 def cover_pairs(grids, targets, device):
@@ -505,13 +509,13 @@ def cover_pairs(grids, targets, device):
 
 @torch.no_grad()
 def hungarian_match(logits, boxes_norm, targets, points=None):
-    """The cheapest one-to-one matching of queries and objects of each image (DETR, Eq. 1).
+    """The cheapest one-to-one matching of an image's queries and objects (arXiv:2005.12872, Eq. 1).
 
     logits: (B, Q, K + 1); boxes_norm: (B, Q, 4) cxcywh as shares of the image; targets: list of
     dict(labels (M,), boxes_norm (M, 4)). Returns a list of (query ids, object ids), two int64
     tensors of min(Q, M) entries. The cost: 5 L1 - probability of the object's class - 2 GIoU.
     points: (Q, 2), where queries stand; then 20 times the distance of the object's centre is added,
-    which favours one and the same query from the start, when predictions say little yet.
+    so that an object keeps its query early in training, when predictions say little yet.
     """
     labels, wanted = (torch.cat([t[key] for t in targets]) for key in ("labels", "boxes_norm"))
     scores, found = logits.flatten(0, 1).float().softmax(dim=1), boxes_norm.flatten(0, 1)
@@ -610,14 +614,14 @@ class RetinaNet(nn.Module):
         loss_cls = loss_box = 0.0
         for logit, delta, target in zip(logits, deltas, targets, strict=True):
             item = assign_anchors(anchors, target["boxes"])  # (N,)
-            found = (item >= 0).nonzero()[:, 0]
-            item, judged = item[found], item > -2
+            positive = (item >= 0).nonzero()[:, 0]
+            item, judged = item[positive], item > -2
             wanted = torch.zeros_like(logit)  # (N, K)
-            wanted[found, target["labels"][item]] = 1
-            focal = sigmoid_focal_loss(logit[judged], wanted[judged], reduction="sum")
-            offsets = encode_boxes(target["boxes"][item], anchors[found])
-            loss_cls, loss_box = loss_cls + focal, loss_box + (delta[found] - offsets).abs().sum()
-            count += max(1, len(found))
+            wanted[positive, target["labels"][item]] = 1
+            loss_cls += sigmoid_focal_loss(logit[judged], wanted[judged], reduction="sum")
+            offsets = encode_boxes(target["boxes"][item], anchors[positive])
+            loss_box += (delta[positive] - offsets).abs().sum()
+            count += max(1, len(positive))
         return {"loss_cls": loss_cls / count, "loss_box": loss_box / count}
 
     def answers(self, outputs, sizes, out_sizes):
@@ -723,13 +727,13 @@ class DETR(nn.Module):
         dim, depth = c.head_dim, range(c.head_depth or 6)
         if dim % 32:
             raise ValueError("head=detr needs a head_dim divisible by 32")
-        self.anchored, self.queries, self.patch_loss = c.anchors, c.queries, c.patch_loss
+        self.has_points, self.queries, self.patch_loss = c.reference_points, c.queries, c.patch_loss
         self.input_proj = nn.Conv2d(c.embed_dims[3], dim, 1)
         self.encoder = nn.ModuleList(DETRLayer(dim, dim // 32, False) for _ in depth)
         self.decoder = nn.ModuleList(DETRLayer(dim, dim // 32, True) for _ in depth)
         self.norm = nn.LayerNorm(dim)
         self.query_embed = nn.Parameter(torch.randn(c.queries, dim))
-        if c.anchors:
+        if c.reference_points:
             columns = math.ceil(c.queries**0.5)
             real = torch.ones(1, math.ceil(c.queries / columns), columns, dtype=torch.bool)
             self.query_embed.data = sine_positions(real, dim).flatten(0, 2)[: c.queries]
@@ -741,7 +745,7 @@ class DETR(nn.Module):
 
     def points(self, device):
         """Where queries stand in the image, (Q, 2), or None: anywhere."""
-        return anchor_points(self.queries).to(device) if self.anchored else None
+        return spread_points(self.queries).to(device) if self.has_points else None
 
     def forward(self, maps, sizes):
         """Of each layer logits (B, Q, K + 1) and boxes (B, Q, 4) cxcywh as shares of the image.
@@ -787,8 +791,8 @@ class DETR(nn.Module):
         if layers:
             losses["loss_layers"] = sum(sum(layer.values()) for layer in layers)
         if self.patch_loss:
-            dense = self.patch_losses(patches, sizes, targets)
-            losses["loss_patch"] = self.patch_loss * sum(dense.values())
+            parts = self.patch_losses(patches, sizes, targets)
+            losses["loss_patch"] = self.patch_loss * sum(parts.values())
         return losses
 
     def patch_losses(self, patches, sizes, targets):
@@ -798,7 +802,7 @@ class DETR(nn.Module):
         tokens = torch.cat([image_patches[:h, :w].flatten(0, 1) for image_patches, (h, w) in real])
         points, pairs = cover_pairs(grids, targets, tokens.device)
         targets = {key: torch.cat([t[key] for t in targets]) for key in targets[0]}
-        found = self.heads(self.norm(tokens[None]), points if self.anchored else None)
+        found = self.heads(self.norm(tokens[None]), points if self.has_points else None)
         return set_losses(*found, [targets], [pairs], 1.0, len(pairs[0]))
 
     def answers(self, outputs, sizes, out_sizes):
@@ -910,12 +914,13 @@ class ClassDecoderBlock(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.mlp = Mlp(dim, 3 * dim)
 
-    def forward(self, x, memory):
+    def forward(self, x, memory, mask=None):
         heads = (self.num_heads, x.shape[2] // self.num_heads)
         q = self.q(self.norm1(x)).unflatten(2, heads).transpose(1, 2)  # (B, h, Q, d)
         k, v = self.kv(memory).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)  # (B, h, N, d)
         scores = q @ k.transpose(2, 3) / math.sqrt(heads[1])  # (B, h, Q, N)
-        x = x + self.proj((scores.softmax(dim=3) @ v).transpose(1, 2).flatten(2))
+        seen = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+        x = x + self.proj((seen.softmax(dim=3) @ v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x)), scores
 
 
@@ -954,13 +959,13 @@ class Trans2Seg(Segmenter):
             x = block(x, mask)  # (B, N, C)
         memory, x = self.norm(x), self.queries.expand(len(x), -1, -1)
         for block in self.decoder:
-            x, scores = block(x, memory)
-        scores = scores.transpose(1, 2).flatten(0, 1).unflatten(2, grid)  # (B * K, h, H, W)
+            x, scores = block(x, memory, mask)  # (B, K+1, C), (B, h, K+1, N)
+        scores = scores.transpose(1, 2).flatten(0, 1).unflatten(2, grid)  # (B * (K+1), h, H, W)
         features = self.features(memory.transpose(1, 2).unflatten(2, grid))  # (B, C / 4, H, W)
-        maps_of_classes = self.attention(scores).unflatten(0, x.shape[:2])  # (B, K, C / 4, H, W)
+        maps_of_classes = self.attention(scores).unflatten(0, x.shape[:2])  # (B, K+1, C / 4, H, W)
         x = features[:, None] * self.name(x)[..., None, None] + maps_of_classes
         x = resize_map(F.relu(x.flatten(0, 1)), maps[0].shape[2:]).unflatten(0, x.shape[:2])
-        x = (x + self.skip(maps[0])[:, None]).flatten(0, 1)  # (B * K, C / 4, H/4, W/4)
+        x = (x + self.skip(maps[0])[:, None]).flatten(0, 1)  # (B * (K+1), C / 4, H/4, W/4)
         return self.out(self.fuse(x)).view(len(features), -1, *maps[0].shape[2:])
 
 
@@ -1014,7 +1019,7 @@ class PVT(nn.Module):
                 results[i] = answer
         return results
 
-    def dense(self, images):
+    def every_layer(self, images):
         """Every layer once, on fixed shapes: what --summary counts."""
         x, sizes = pad_batch(images, self.multiple)
         self.head(self.backbone(x), sizes)

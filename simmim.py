@@ -5,6 +5,7 @@ encoder, and predict the hidden pixels with one linear layer and an L1 loss. Not
 to pre-train a ViT or a Swin, and each choice (mask, head, target, loss) is a field of Config.
 Flow: image (B, 3, H, W), mask (B, H/p, W/p) -> patches, the hidden ones replaced (B, N, C)
       -> encoder (B, C, H/s, W/s) -> head -> pixels (B, 3, H, W)
+Padding: none, images are squares of one size.
 Compare: mimdet.py and yolos.py begin with the encoder that is trained here; mimdet.py drops tokens
 where this file replaces them.
 """
@@ -90,20 +91,16 @@ NANO = dict(
     lr=1e-3, batch_size=8, layer_decay=1.0, weight_decay=0.05, clip=5.0, epochs=1.5, warmup=100,
     schedule="cosine", sizes=(128,), max_size=128, multiple=1, crop=(0.67, 1.0),
 )
-RECIPES = {
+RECIPES = {  # by variant-task, variant, task or head; the others train by "paper"
     "nano": NANO,
     "nano-classify": NANO | dict(batch_size=32, epochs=3, crop=(0.5, 1.0), layer_decay=0.75),
     "paper": PAPER,
-    "swin_base": PAPER | dict(sizes=(192,), max_size=192),
-    "swin_large": PAPER | dict(sizes=(192,), max_size=192),
-    "swinv2_h": PAPER | dict(sizes=(192,), max_size=192),
-    "swinv2_g": PAPER | dict(sizes=(192,), max_size=192),
     "classify": CLASSIFY,
     # As classifiers the paper's Swins have drop_path 0.1 and 0.2.
-    "swin_base-classify": CLASSIFY | dict(layer_decay=0.8, sizes=(192,), max_size=192),
-    "swin_large-classify": CLASSIFY | dict(layer_decay=0.7, sizes=(192,), max_size=192),
-    "swinv2_h-classify": CLASSIFY | dict(layer_decay=0.7, sizes=(192,), max_size=192),
-    "swinv2_g-classify": CLASSIFY | dict(layer_decay=0.7, sizes=(192,), max_size=192),
+    "swin_base-classify": CLASSIFY | dict(layer_decay=0.8),
+    "swin_large-classify": CLASSIFY | dict(layer_decay=0.7),
+    "swinv2_h-classify": CLASSIFY | dict(layer_decay=0.7),
+    "swinv2_g-classify": CLASSIFY | dict(layer_decay=0.7),
 }
 # fmt: on
 
@@ -226,9 +223,9 @@ def draw_mask(kind, cells, ratio, generator, side=16):
     if kind == "random":
         mask.view(-1)[torch.randperm(h * w, generator=generator)[:wanted]] = True
     elif kind == "square":
-        side = min(h, w, max(1, round(math.sqrt(wanted))))
-        y, x = draw(0, h - side), draw(0, w - side)
-        mask[y : y + side, x : x + side] = True
+        length = min(h, w, max(1, round(math.sqrt(wanted))))
+        y, x = draw(0, h - length), draw(0, w - length)
+        mask[y : y + length, x : x + length] = True
     elif kind == "block":
         least, tries = min(wanted, (64 / side) ** 2), 0
         while (left := wanted - int(mask.sum())) > 0:
@@ -262,7 +259,7 @@ def hide(tokens, mask, mask_token):
 
 
 class ViT(nn.Module):
-    """The ViT of mimdet.py and yolos.py: fixed sine-cosine positions, a class token."""
+    """A plain ViT of the detectors' blocks, with fixed sine-cosine positions and a class token."""
 
     def __init__(self, c):
         super().__init__()
@@ -550,6 +547,19 @@ def check_choices(c):
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def normalise(x):
+    """Pixels (..., 3, H, W) in [0, 1] -> ImageNet's mean 0 and standard deviation 1."""
+    mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
+    return (x - mean) / std
+
+
+def denormalise(x):
+    mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
+    return x * std + mean
+
+
 PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
 
 
@@ -599,8 +609,7 @@ class Target(nn.Module):
             wanted = torch.cdist(self.pieces(x), self.codes[None]).argmin(dim=2)  # (B, h * w)
             return F.cross_entropy(found, wanted.unflatten(1, found.shape[2:]), reduction="none")
         bins = self.out // 3
-        mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
-        wanted = ((self.shrink(x) * std + mean) * bins).long().clamp(0, bins - 1)  # (B, 3, h, w)
+        wanted = (denormalise(self.shrink(x)) * bins).long().clamp(0, bins - 1)  # (B, 3, h, w)
         found = found.unflatten(1, (bins, 3))  # (B, bins, 3, h, w)
         return F.cross_entropy(found, wanted, reduction="none").mean(dim=1)
 
@@ -614,9 +623,9 @@ class Target(nn.Module):
             x = F.fold(rows, size, self.side, stride=self.side)  # (B, 3, H, W)
         else:
             bins = self.out // 3
-            share = (found.unflatten(1, (bins, 3)).argmax(dim=1) + 0.5) / bins  # (B, 3, h, w)
-            mean, std = (share.new_tensor(v)[:, None, None] for v in (MEAN, STD))
-            x = (share - mean) / std
+            x = normalise(
+                (found.unflatten(1, (bins, 3)).argmax(dim=1) + 0.5) / bins
+            )  # (B, 3, h, w)
         return x if self.side > 1 else F.interpolate(x, scale_factor=float(self.resolution))
 
 
@@ -660,9 +669,7 @@ class SimMIM(nn.Module):
         units of the normalised image, baseline: the same for the mean visible colour); of
         dict(logits (K,)) for "classify". sizes is not used.
         """
-        x = torch.stack(images)
-        mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
-        x = (x - mean) / std  # (B, 3, H, W)
+        x = normalise(torch.stack(images))  # (B, 3, H, W)
         if self.config.task == "classify":
             logits = self.head(self.fc_norm(self.encoder(x).mean(dim=(2, 3)))).float()  # (B, K)
             if targets is None:
@@ -691,7 +698,7 @@ class SimMIM(nn.Module):
         return torch.stack(masks)
 
     def masked_loss(self, found, x, mask):
-        """Mean error of the hidden places, of the whole batch together (Sec. 3.4)."""
+        """Error summed over the hidden places of the whole batch, by their number (Sec. 3.4)."""
         error = self.target.error(found, x)  # (B, h, w)
         if self.config.predict == "all":
             return error.mean()
@@ -707,10 +714,7 @@ class SimMIM(nn.Module):
             ((x - other).abs() * hidden).sum(dim=(1, 2, 3)) / share
             for other in (guess, visible[:, :, None, None])
         ]
-        mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
-        pictures = [
-            torch.where(hidden, other, x) * std + mean for other in (guess, x.new_zeros(()))
-        ]
+        pictures = [denormalise(torch.where(hidden, other, x)) for other in (guess, 0 * x)]
         parts = zip(*pictures, hidden[:, 0], *errors, strict=True)
         names = ("reconstruction", "masked", "mask", "l1", "baseline")
         return [dict(zip(names, part, strict=True)) for part in parts]
@@ -724,11 +728,9 @@ class SimMIM(nn.Module):
     @torch.no_grad()
     def prepare(self, images):
         """Look at some pictures, a list of (3, H, W) in [0, 1], and find the target's codes."""
-        x = torch.stack(images)
-        mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
-        self.target.fit((x - mean) / std)
+        self.target.fit(normalise(torch.stack(images)))
 
-    def dense(self, images):
+    def every_layer(self, images):
         """Every layer once: what --summary counts."""
         x = self.encoder(torch.stack(images))  # (B, C, H/s, W/s)
         return self.head(x.mean(dim=(2, 3))) if self.config.task == "classify" else self.decoder(x)

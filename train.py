@@ -705,7 +705,7 @@ def summary():
                 size = (sizes[-1], longest // recipe["multiple"] * recipe["multiple"])
             with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
                 net = module.build(config, 80).eval()
-                net.dense([torch.rand(3, *size)])
+                net.every_layer([torch.rand(3, *size)])
             total = sum(p.numel() for p in net.parameters())
             trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
             flops = counter.get_total_flops() / 1e9

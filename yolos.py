@@ -6,6 +6,8 @@ interest, no non-maximum suppression, nothing two-dimensional but the patches. H
 says how much of a detector is in the pre-trained sequence model itself.
 Flow: image (B, 3, H, W) -> patches (B, N, C) -> [class, patches, DET] (B, 1 + N + Q, C) -> blocks
       -> last Q tokens (B, Q, C) -> logits (B, Q, K + 1), boxes (B, Q, 4)
+Padding: no token attends to it; in training nano's conv stem has it in its GroupNorm. In prediction
+      only images of equal padded size share a batch.
 Compare: mimdet.py puts the same blocks under a pyramid and Mask R-CNN; pvt.py's DETR head has the
 same matching and losses, but a decoder of its own.
 """
@@ -43,7 +45,7 @@ class Config:
     checkpoint: bool = False  # recompute blocks in the backward pass, to save memory
     # The departures of nano, which learns from scratch in minutes; off in the paper's variants.
     stem: str = "patch"  # "patch": one convolution; "conv": MIMDet's four 3x3 ones
-    anchors: bool = False  # [DET] tokens stand on points of a grid: see anchor_points
+    reference_points: bool = False  # [DET] tokens stand on a grid: positions, boxes and matching
     patch_loss: float = 0.0  # weight of the same losses on patches, matched to what covers them
     xavier: bool = False  # initial weights of the blocks: Xavier instead of normal with std 0.02
 
@@ -53,7 +55,7 @@ CONFIGS = {  # with the parameters for 80 classes, and for the authors' 91
     # Differs: stem, anchors, patch_loss and xavier, because plain YOLOS learns next to nothing from
     # scratch in minutes (Table 2: 19.7 AP after 600 epochs).
     "nano": Config(embed_dim=128, depth=3, num_heads=2, det_tokens=25, pos_grid=(10, 10),
-                   mid_pos_grid=(), stem="conv", anchors=True, patch_loss=1.0,
+                   mid_pos_grid=(), stem="conv", reference_points=True, patch_loss=1.0,
                    xavier=True),  # 805,733
     "tiny": Config(embed_dim=192, num_heads=3, pos_grid=(50, 83),
                    mid_pos_grid=()),  # 6,486,613; 6,488,736
@@ -67,9 +69,9 @@ PAPER = dict(
     lr=2.5e-5, batch_size=8, weight_decay=1e-4, clip=0.1, epochs=150, warmup=0,
     schedule="cosine",  # Differs: falls with every step, to 0; released: every epoch, to 1e-7
     sizes=tuple(range(480, 801, 16)), max_size=1333, multiple=16,  # sides are cut to multiples
-    crop=(384, 600),  # every second image: short side 400-600, then a crop with sides in this range
+    crop=(384, 600),  # every second image: resized to 400, 500 or 600, then cropped to such sides
 )
-RECIPES = {
+RECIPES = {  # by variant-task, variant, task or head; the others train by "paper"
     # nano: images keep their own size (sizes=()) up to a long side of 320.
     "nano": dict(lr=8e-4, batch_size=8, weight_decay=0.05, clip=1.0, epochs=11, warmup=100,
                  schedule="cosine", sizes=(), max_size=320, multiple=16, crop=()),
@@ -144,7 +146,7 @@ class PatchEmbed(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Four 3x3 convolutions of stride 2 in place of the 16x16 patch embedding (Sec. 3.2)."""
+    """Four 3x3 convolutions of stride 2 in place of 16x16 patches (MIMDet, Sec. 3.2)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -227,8 +229,8 @@ class Backbone(nn.Module):
         grids = [c.pos_grid, c.mid_pos_grid or c.pos_grid]
         if c.det_tokens < 1 or any(len(grid) != 2 or min(grid) < 1 for grid in grids):
             raise ValueError("give det_tokens of 1 or more, and position grids like 50,84")
-        if c.anchors and (c.pos_grid[0] != c.pos_grid[1] or c.embed_dim % 4):
-            raise ValueError("anchors need a square pos_grid and an embed_dim divisible by 4")
+        if c.reference_points and (c.pos_grid[0] != c.pos_grid[1] or c.embed_dim % 4):
+            raise ValueError("reference_points need a square pos_grid, embed_dim a multiple of 4")
         if c.stem == "conv" and c.embed_dim < 8:
             raise ValueError("stem=conv needs an embed_dim of 8 or more")
         conv = c.stem == "conv"
@@ -252,12 +254,12 @@ class Backbone(nn.Module):
     def forward(self, x, grids):
         """Padded images (B, 3, H, W), of which grids[b] patches (h, w) are real.
 
-        Returns the encoded [DET] tokens (B, Q, C) and patches (B, H, W, C).
+        Returns the encoded [DET] tokens (B, Q, C) and patches (B, H/p, W/p, C).
         """
         c, B = self.config, len(x)
-        H, W = (max(sides) for sides in zip(*grids, strict=True))
+        rows, columns = (max(sides) for sides in zip(*grids, strict=True))
         x = self.patch_embed(x)
-        x = (x[-1] if c.stem == "conv" else x)[:, :, :H, :W]  # (B, C, H, W)
+        x = (x[-1] if c.stem == "conv" else x)[:, :, :rows, :columns]  # (B, C, H/p, W/p)
         x = x.flatten(2).transpose(1, 2)  # (B, N, C)
         x = torch.cat([self.cls_token.expand(B, -1, -1), x, self.det_token.expand(B, -1, -1)], 1)
         x = x + positions_for(self.pos_embed, c.pos_grid, grids)[0]  # (B, 1 + N + Q, C)
@@ -271,11 +273,11 @@ class Backbone(nn.Module):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
             x = run(x, mask) + position
         x = self.norm(x)
-        return x[:, -c.det_tokens :], x[:, 1 : -c.det_tokens].unflatten(1, (H, W))
+        return x[:, -c.det_tokens :], x[:, 1 : -c.det_tokens].unflatten(1, (rows, columns))
 
 
 def token_grids(sizes, patch=16):
-    """Whole patches (h, w) in images of these sizes, as the released convolution has them."""
+    """Patches (h, w) of images of these sizes; what fills no whole patch is not looked at."""
     return [(max(1, h // patch), max(1, w // patch)) for h, w in sizes]
 
 
@@ -287,8 +289,8 @@ def real_tokens(grids, det_tokens, device):
     """
     if len(set(grids)) == 1:
         return None
-    H, W = (max(sides) for sides in zip(*grids, strict=True))
-    mask = torch.zeros(len(grids), H, W, dtype=torch.bool, device=device)
+    rows, columns = (max(sides) for sides in zip(*grids, strict=True))
+    mask = torch.zeros(len(grids), rows, columns, dtype=torch.bool, device=device)
     for image_mask, (h, w) in zip(mask, grids, strict=True):
         image_mask[:h, :w] = True
     return F.pad(mask.flatten(1), (1, det_tokens), value=True)[:, None, None]
@@ -302,22 +304,22 @@ def positions_for(table, old_hw, grids):
     """
     n = math.prod(old_hw)
     first, patches, det = table[:, :1], table[:, 1 : 1 + n], table[:, 1 + n :]
-    H, W = (max(sides) for sides in zip(*grids, strict=True))
-    rows = []
+    rows, columns = (max(sides) for sides in zip(*grids, strict=True))
+    tables = []
     for h, w in set(grids) if len(set(grids)) == 1 else grids:
         grid = resize_grid(patches, old_hw, (h, w)).unflatten(1, (h, w))  # (L, h, w, C)
-        grid = F.pad(grid, (0, 0, 0, W - w, 0, H - h)).flatten(1, 2)  # (L, N, C)
-        rows.append(torch.cat([first, grid, det], dim=1))
-    return torch.stack(rows, dim=1)
+        grid = F.pad(grid, (0, 0, 0, columns - w, 0, rows - h)).flatten(1, 2)  # (L, N, C)
+        tables.append(torch.cat([first, grid, det], dim=1))
+    return torch.stack(tables, dim=1)
 
 
 def initial_positions(c):
     """Position table (1, 1 + h * w + Q, C) before training: class token, patches, [DET] tokens."""
-    if not c.anchors:
+    if not c.reference_points:
         return trunc_normal(1, 1 + math.prod(c.pos_grid) + c.det_tokens, c.embed_dim)
     side = c.pos_grid[0]
     table = sincos_pos_embed(c.embed_dim, side)  # (1, 1 + side * side, C)
-    x, y = (anchor_points(c.det_tokens) * side).long().T  # (Q,)
+    x, y = (spread_points(c.det_tokens) * side).long().T  # (Q,)
     return torch.cat([table, table[:, 1 + y * side + x]], dim=1)  # where an anchor lies
 
 
@@ -335,7 +337,7 @@ def grid_points(rows, columns):
     return torch.stack([x.expand(rows, -1), y[:, None].expand(-1, columns)], dim=2).flatten(0, 1)
 
 
-def anchor_points(count):
+def spread_points(count):
     """The first `count` points of the squarest grid that has so many: (count, 2), x and y."""
     columns = math.ceil(count**0.5)
     return grid_points(math.ceil(count / columns), columns)[:count]
@@ -350,9 +352,9 @@ def normalise_boxes(boxes_xyxy, size):
 def smallest_cover(points_norm, boxes_norm):
     """Index (N,) of the smallest box (M, 4) cxcywh over each point (N, 2), -1 where none is."""
     inside = (points_norm[:, None] - boxes_norm[:, :2]).abs() < boxes_norm[:, 2:] / 2  # (N, M, 2)
-    area = torch.where(inside.all(dim=2), boxes_norm[:, 2:].prod(dim=1), 9.0)  # (N, M)
-    area, index = F.pad(area, (0, 1), value=8.0).min(dim=1)  # (N,)
-    return index.masked_fill(area == 8, -1)
+    area = torch.where(inside.all(dim=2), boxes_norm[:, 2:].prod(dim=1), torch.inf)  # (N, M)
+    area, index = F.pad(area, (0, 1), value=2.0).min(dim=1)  # (N,); no box is larger than 1
+    return index.masked_fill(area == 2, -1)
 
 
 def cover_pairs(grids, targets, device):
@@ -374,13 +376,13 @@ def cover_pairs(grids, targets, device):
 
 @torch.no_grad()
 def hungarian_match(logits, boxes_norm, targets, points=None):
-    """The cheapest one-to-one matching of queries and objects of each image (DETR, Eq. 1).
+    """The cheapest one-to-one matching of an image's queries and objects (arXiv:2005.12872, Eq. 1).
 
     logits: (B, Q, K + 1); boxes_norm: (B, Q, 4) cxcywh as shares of the image; targets: list of
     dict(labels (M,), boxes_norm (M, 4)). Returns a list of (query ids, object ids), two int64
     tensors of min(Q, M) entries. The cost: 5 L1 - probability of the object's class - 2 GIoU.
     points: (Q, 2), where queries stand; then 20 times the distance of the object's centre is added,
-    which favours one and the same query from the start, when predictions say little yet.
+    so that an object keeps its query early in training, when predictions say little yet.
     """
     labels, wanted = (torch.cat([t[key] for t in targets]) for key in ("labels", "boxes_norm"))
     scores, found = logits.flatten(0, 1).float().softmax(dim=1), boxes_norm.flatten(0, 1)
@@ -483,7 +485,7 @@ class YOLOS(nn.Module):
     def points(self, x):
         """Where the [DET] tokens stand in the image, (Q, 2), or None: anywhere."""
         c = self.config
-        return anchor_points(c.det_tokens).to(x.device) if c.anchors else None
+        return spread_points(c.det_tokens).to(x.device) if c.reference_points else None
 
     def heads(self, tokens, points=None):
         """Logits (B, Q, K + 1) and boxes (B, Q, 4) of tokens (B, Q, C), around points (Q, 2)."""
@@ -506,8 +508,8 @@ class YOLOS(nn.Module):
         objects = sum(len(t["labels"]) for t in targets)
         losses = set_losses(*found, targets, pairs, c.no_object_weight, objects)
         if c.patch_loss:
-            dense = self.patch_losses(patches, grids, targets)
-            losses |= {f"loss_patch_{k[5:]}": c.patch_loss * v for k, v in dense.items()}
+            for name, loss in self.patch_losses(patches, grids, targets).items():
+                losses[name.replace("loss_", "loss_patch_")] = c.patch_loss * loss
         return losses
 
     def patch_losses(self, patches, grids, targets):
@@ -516,10 +518,10 @@ class YOLOS(nn.Module):
         tokens = torch.cat([image_patches[:h, :w].flatten(0, 1) for image_patches, (h, w) in real])
         points, pairs = cover_pairs(grids, targets, tokens.device)
         targets = {key: torch.cat([t[key] for t in targets]) for key in targets[0]}
-        found = self.heads(tokens[None], points if self.config.anchors else None)
+        found = self.heads(tokens[None], points if self.config.reference_points else None)
         return set_losses(*found, [targets], [pairs], 1.0, len(pairs[0]))
 
-    def dense(self, images):
+    def every_layer(self, images):
         """Every layer once, on fixed shapes: what --summary counts."""
         x, sizes = pad_batch(images, self.config.patch)
         tokens, _ = self.backbone(x, token_grids(sizes, self.config.patch))
