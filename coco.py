@@ -21,6 +21,9 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageOps
 import torch
+from pycocotools import mask as mask_api
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.ops import box_convert, clip_boxes_to_image
@@ -233,7 +236,10 @@ class CocoDataset(Dataset):
         sound = [complete(a) for a in here if has_area(a, info_of[a["image_id"]])]
         # Evaluation needs all, crowds too, with ids from 1: pycocotools takes 0 for "no match".
         sound = [a | {"id": i} for i, a in enumerate(sound, start=1)]
-        self.truth = index(self.images, sound, self.classes)
+        self.truth = COCO()
+        self.truth.dataset = dict(images=self.images, annotations=sound, categories=self.classes)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.truth.createIndex()
         self.objects = [
             [a for a in self.truth.imgToAnns[x["id"]] if not a["iscrowd"]] for x in self.images
         ]
@@ -441,8 +447,6 @@ def draw_polygons(corners, counts, size):
     corners: (P, 2) xy in pixels of all polygons one after another; counts: for each object a list
     of how many corners its polygons have; size: (H, W).
     """
-    from pycocotools import mask as mask_api
-
     polygons = iter(corners.split([*itertools.chain(*counts)]))
     masks = [[next(polygons).flatten().tolist() for _ in each] for each in counts]
     masks = [mask_api.merge(mask_api.frPyObjects(each, *size)) for each in masks]
@@ -609,8 +613,6 @@ def to_results(dataset, target, output):
     masks); of a classifier the category found and the true one; of a segmenter how many pixels of
     each class it called what, [truth, found, pixels]; of a reconstruction its errors.
     """
-    from pycocotools import mask as mask_api
-
     about = dict(image_id=target["image_id"])
     if "logits" in output:
         score, label = output["logits"].softmax(dim=0).max(dim=0)
@@ -641,17 +643,6 @@ def to_results(dataset, target, output):
     return results
 
 
-def index(images, annotations, categories):
-    """pycocotools' COCO object over these lists, without its messages."""
-    from pycocotools.coco import COCO
-
-    table = COCO()
-    table.dataset = dict(images=images, annotations=annotations, categories=categories)
-    with contextlib.redirect_stdout(io.StringIO()):
-        table.createIndex()
-    return table
-
-
 def evaluate(dataset, results):
     """What a data set's results (see to_results) are worth: a dict of named shares, best first.
 
@@ -674,27 +665,19 @@ def evaluate(dataset, results):
         right, union = counts.diag(), counts.sum(0) + counts.sum(1) - counts.diag()
         iou = (right / union)[union > 0]
         return {"mIoU": iou.mean().item(), "pixel_accuracy": (right.sum() / counts.sum()).item()}
-    from pycocotools import mask as mask_api
-    from pycocotools.cocoeval import COCOeval
-
-    areas = {  # objects are small, medium or large by what is judged: box or mask
-        "bbox": lambda result: math.prod(result["bbox"][2:]),
-        "segm": lambda result: float(mask_api.area(result["segmentation"])),
-    }
     metrics = {}
     masks = dataset.has_masks and all("segmentation" in r for r in results)
-    for kind in ("bbox", "segm") if masks else ("bbox",):
-        found = [
-            r | dict(id=i, iscrowd=0, area=areas[kind](r)) for i, r in enumerate(results, start=1)
-        ]
-        found = index(dataset.images, found, dataset.classes)
+    for kind, prefix in (("bbox", ""), ("segm", "mask_")) if masks else (("bbox", ""),):
+        # Objects are small, medium or large by what is judged: loadRes takes a mask's area only
+        # where there is no box. It writes into what it is given.
+        found = [{k: v for k, v in r.items() if k != "bbox" or kind == "bbox"} for r in results]
         with contextlib.redirect_stdout(io.StringIO()):
-            judge = COCOeval(dataset.truth, found, kind)
+            judge = COCOeval(dataset.truth, dataset.truth.loadRes(found) if found else COCO(), kind)
             judge.evaluate()
             judge.accumulate()
             judge.summarize()
-        prefix = "mask_" if kind == "segm" else ""
-        metrics |= {prefix + name: float(v) for name, v in zip(METRICS, judge.stats, strict=False)}
+        values = judge.stats[: len(METRICS)].tolist()
+        metrics |= {prefix + name: v for name, v in zip(METRICS, values, strict=True)}
     return metrics
 
 
@@ -861,8 +844,6 @@ def make_shapes(root, num_train=4000, num_val=500, seed=0):
 
 
 def write_shapes(root, split, count, seed):
-    from pycocotools import mask as mask_api
-
     folder = root / f"{split}2017"
     folder.mkdir()
     images, annotations = [], []
