@@ -294,16 +294,14 @@ class CocoDataset(Dataset):
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
             "labels": torch.tensor([self.label_of[a["category_id"]] for a in objects]).long(),
         }
-        if self.has_masks and all(isinstance(a["segmentation"], list) for a in objects):
-            # Polygons stay corners until the image has its final size: drawn there once, they are
-            # far quicker than masks that are resized.
+        kinds = {type(a["segmentation"]) for a in objects}
+        if self.has_masks and kinds == {list}:
+            # Drawn once, at the image's final size: far quicker than masks that are resized.
             polygons = [[np.reshape(p, (-1, 2)) for p in a["segmentation"]] for a in objects]
-            corners = np.concatenate([np.zeros((0, 2)), *itertools.chain(*polygons)])
-            target["corners"] = torch.from_numpy(corners)  # (P, 2) xy of all polygons
-            target["counts"] = [[len(p) for p in each] for each in polygons]  # of each object's
+            target["polygons"] = polygons  # of each object: list of (P, 2) xy
         elif self.has_masks:
-            masks = [torch.from_numpy(self.truth.annToMask(a)) for a in objects]
-            target["masks"] = tv_tensors.Mask(torch.stack(masks))
+            masks = np.array([self.truth.annToMask(a) for a in objects], dtype=np.uint8)
+            target["masks"] = tv_tensors.Mask(masks.reshape(-1, *size))
         return image, target
 
 
@@ -423,36 +421,22 @@ DATASETS = {kind.task: kind for kind in (CocoDataset, ObjectCrops, SemanticMaps,
 
 def finish(image, target):
     """Plain tensors, floats in [0, 1]; boxes clipped, objects of which nothing is left dropped."""
-    image = image.as_subclass(torch.Tensor).float() / 255
+    image, target = v2.ToPureTensor()(image, target)
+    size, image = image.shape[-2:], image.float() / 255
     if "semantic" in target:
-        return image, {"semantic": target["semantic"].as_subclass(torch.Tensor)[0]}
+        return image, {"semantic": target["semantic"][0]}
     if "boxes" not in target:
         return image, target
-    boxes = clip_boxes_to_image(target["boxes"].as_subclass(torch.Tensor), image.shape[-2:])
-    target = target | {"boxes": boxes}
-    keep = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
-    if "corners" in target:
-        polygons = target.pop("corners"), target.pop("counts")
-        target["masks"] = draw_polygons(*polygons, image.shape[-2:])
+    boxes = target["boxes"] = clip_boxes_to_image(target["boxes"], size)
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    if "polygons" in target:
+        polygons = [[p.flatten() for p in each] for each in target.pop("polygons")]
+        masks = [mask_api.merge(mask_api.frPyObjects(each, *size)) for each in polygons]
+        target["masks"] = torch.from_numpy(mask_api.decode(masks)).permute(2, 0, 1)
     if "masks" in target:
-        masks = target["masks"].as_subclass(torch.Tensor)  # uint8: far quicker than bool's any
-        keep &= masks.amax(dim=(1, 2)) > 0
-        target["masks"] = masks.view(torch.bool)
+        keep &= target["masks"].amax(dim=(1, 2)) > 0  # uint8: far quicker than bool's any
+        target["masks"] = target["masks"].view(torch.bool)
     return image, {name: value[keep] for name, value in target.items()}
-
-
-def draw_polygons(corners, counts, size):
-    """Masks (M, H, W) uint8, 0 or 1, of M objects.
-
-    corners: (P, 2) xy in pixels of all polygons one after another; counts: for each object a list
-    of how many corners its polygons have; size: (H, W).
-    """
-    polygons = iter(corners.split([*itertools.chain(*counts)]))
-    masks = [[next(polygons).flatten().tolist() for _ in each] for each in counts]
-    masks = [mask_api.merge(mask_api.frPyObjects(each, *size)) for each in masks]
-    if not masks:
-        return torch.zeros(0, *size, dtype=torch.uint8)
-    return torch.from_numpy(mask_api.decode(masks)).permute(2, 0, 1)
 
 
 # --- 2. Transform ---------------------------------------------------------------------------------
@@ -537,11 +521,11 @@ class Transform:
 
 
 def follow(operation, image, target, scale=(1, 1), shift=(0, 0)):
-    """Image, boxes and masks after the operation; corners (P, 2) become scale * corners + shift."""
+    """Image, boxes and masks after the operation; polygons' corners become scale * xy + shift."""
     changed = {k: operation(v) for k, v in target.items() if isinstance(v, tv_tensors.TVTensor)}
-    if "corners" in target:
-        corners = target["corners"]
-        changed["corners"] = corners * corners.new_tensor(scale) + corners.new_tensor(shift)
+    if "polygons" in target:
+        polygons = target["polygons"]
+        changed["polygons"] = [[np.multiply(p, scale) + shift for p in each] for each in polygons]
     return operation(image), target | changed
 
 
