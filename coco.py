@@ -26,6 +26,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
+from torchvision.datasets.folder import is_image_file
 from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
@@ -41,17 +42,21 @@ class DataError(Exception):
 # --- 1. Read --------------------------------------------------------------------------------------
 
 
-def find_split(root, split):
-    """Annotation file and image folder of split "train" or "val" in COCO's or the export layout."""
+def layouts(root, split):
+    """Json and image folder of split "train" or "val" in COCO's and in the common export layout."""
     root, other = Path(root), {"train": "train", "val": "valid"}[split]
-    layouts = [
+    return [
         (root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"),
         (root / other / "_annotations.coco.json", root / other),
     ]
-    for annotations, folder in layouts:
+
+
+def find_split(root, split):
+    for annotations, folder in layouts(root, split):
         if annotations.is_file():
             return annotations, folder
-    raise DataError(f"{root}: no {split} split; expected {layouts[0][0]} or {layouts[1][0]}")
+    expected = " or ".join(str(annotations) for annotations, _ in layouts(root, split))
+    raise DataError(f"{root}: no {split} split; expected {expected}")
 
 
 def is_whole(x):
@@ -161,7 +166,7 @@ def read_annotations(file):
 
 
 def read_image(path, size=None):
-    """RGB image (3, H, W) uint8 as a viewer shows it; size (H, W): what annotations were drawn on.
+    """RGB tv_tensors.Image (3, H, W) uint8 as a viewer shows it; size (H, W): the annotations'.
 
     A camera's rotation tag is followed unless only the unrotated image has that size.
     """
@@ -172,16 +177,17 @@ def read_image(path, size=None):
                 image = file
             if image.mode.startswith("I"):  # 16 bits
                 image = PIL.Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            pixels = np.array(image.convert("RGB"))
+            image = v2.functional.to_image(image.convert("RGB"))
     except Exception as error:  # damaged files have brought up many kinds
         reason = error if os.path.exists(path) else "no such file"
         raise DataError(f"{path}: cannot read image ({reason}); replace or remove it") from None
-    if size and pixels.shape[:2] != tuple(size):
+    _, h, w = image.shape
+    if size and (h, w) != tuple(size):
         raise DataError(
-            f"{path}: {pixels.shape[1]}x{pixels.shape[0]} pixels, but the annotations say "
-            f"{size[1]}x{size[0]}; correct width and height in the json or replace the image"
+            f"{path}: {w}x{h} pixels, but the annotations say {size[1]}x{size[0]}; "
+            "correct width and height in the json or replace the image"
         )
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return image
 
 
 def has_area(annotation, image):
@@ -203,7 +209,7 @@ def complete(annotation):
 class CocoDataset(Dataset):
     """Images with their objects, from a folder in COCO format.
 
-    root: folder in COCO's layout or the common export layout (see find_split). classes: category
+    root: folder in COCO's layout or the common export layout (see layouts). classes: category
     dicts that fix the labels (those of the training split), the json's own by default. limit: use
     the first so many images. dataset[i] -> image (3, H, W) float in [0, 1], target dict(boxes (M,
     4) float xyxy pixels, labels (M,) int64, masks (M, H, W) bool if every annotation has a
@@ -212,7 +218,7 @@ class CocoDataset(Dataset):
     can be read stands in for a bad one, and target["skipped"] says what was wrong.
     """
 
-    task, skip_bad = "detect", False
+    task, skip_bad, has_masks = "detect", False, False
 
     def __init__(self, root, split, transform=None, limit=None, classes=None):
         self.file, self.folder = find_split(root, split)
@@ -261,33 +267,33 @@ class CocoDataset(Dataset):
 
     def __getitem__(self, item):
         index, seed = item if isinstance(item, tuple) else (item, None)
-        info, image, target, skipped = self.read_or_next(index)
+        image, skipped = None, []
+        while image is None:
+            try:
+                image, target = self.read(index)
+            except DataError as error:
+                skipped.append(str(error))
+                if not self.skip_bad or len(skipped) == len(self):
+                    raise
+                index = (index + 1) % len(self)
         if self.transform:
             with torch.random.fork_rng(devices=[], enabled=seed is not None):
                 if seed is not None:
                     torch.default_generator.manual_seed(seed)
                 image, target = self.transform(image, target)
         image, target = finish(image, target)
+        info = self.images[index]
         target |= {"image_id": info["id"], "size": (info["height"], info["width"])}
         return image, target | ({"skipped": skipped} if skipped else {})
 
-    def read_or_next(self, index):
-        """An image's info, pixels and target, and what was wrong with those skipped before it."""
-        skipped = []
-        while True:
-            try:
-                return self.images[index], *self.read(index), skipped
-            except DataError as error:
-                skipped.append(str(error))
-                if not self.skip_bad or len(skipped) == len(self):
-                    raise
-                index = (index + 1) % len(self)
+    def read_file(self, info):
+        return read_image(self.folder / info["file_name"], (info["height"], info["width"]))
 
     def read(self, index):
         """Image and target as they lie in the file, as torchvision's tv_tensors."""
         info, objects = self.images[index], self.objects[index]
         size = (info["height"], info["width"])
-        image = tv_tensors.Image(read_image(self.folder / info["file_name"], size))
+        image = self.read_file(info)
         boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
         boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), size)
         target = {
@@ -315,24 +321,24 @@ class ObjectCrops(CocoDataset):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.crops, pieces = [], []
+        self.crops = []
         for image, objects in zip(self.images, self.objects, strict=True):
             for a in objects:
                 x, y, w, h = a["bbox"]
                 left, right = piece(x, w, max(w, h), image["width"])
                 top, bottom = piece(y, h, max(w, h), image["height"])
-                self.crops.append((image, a, np.s_[:, top:bottom, left:right]))
-                pieces.append({"id": a["id"], "height": bottom - top, "width": right - left})
-        if not pieces:
+                crop = dict(top=top, left=left, height=bottom - top, width=right - left)
+                self.crops.append((image, a, crop))
+        if not self.crops:
             raise DataError(f"{self.file}: no objects to classify")
-        self.images = pieces
+        self.images = [crop | {"id": a["id"]} for _, a, crop in self.crops]
         self.notes.append("each object a picture of its own")
 
     def read(self, index):
-        image, annotation, window = self.crops[index]
-        pixels = read_image(self.folder / image["file_name"], (image["height"], image["width"]))
+        info, annotation, crop = self.crops[index]
         label = self.label_of[annotation["category_id"]]
-        return tv_tensors.Image(pixels[window]), {"labels": torch.tensor([label])}
+        image = v2.functional.crop(self.read_file(info), **crop)
+        return image, {"labels": torch.tensor([label])}
 
 
 def piece(start, length, side, limit):
@@ -356,9 +362,7 @@ class SemanticMaps(CocoDataset):
 
     def read(self, index):
         info = self.images[index]
-        size = (info["height"], info["width"])
-        image = tv_tensors.Image(read_image(self.folder / info["file_name"], size))
-        return image, {"semantic": tv_tensors.Mask(self.paint(info["id"])[None])}
+        return self.read_file(info), {"semantic": tv_tensors.Mask(self.paint(info["id"]))}
 
     def paint(self, image_id):
         """Classes (H, W) int64 of a whole image."""
@@ -380,10 +384,11 @@ class Pictures(CocoDataset):
     task = "pretrain"
 
     def __init__(self, root, split, transform=None, limit=None, classes=None):
-        self.plain = not any(has_split(root, name) for name in ("train", "val"))
-        if self.plain:
-            self.folder, self.transform, self.has_masks = Path(root), transform, False
-            files = sorted(f for f in self.folder.rglob("*") if f.suffix.lower() in SUFFIXES)
+        if any(file.is_file() for part in ("train", "val") for file, _ in layouts(root, part)):
+            super().__init__(root, split, transform, limit)
+        else:
+            self.folder, self.transform = Path(root), transform
+            files = sorted(f for f in self.folder.rglob("*") if is_image_file(f.name))
             held = files[9::10] or files[-1:]
             files = (held if split == "val" else sorted({*files} - {*held}))[:limit]
             if not files:
@@ -391,29 +396,14 @@ class Pictures(CocoDataset):
             names = [str(file.relative_to(root)) for file in files]
             # Every picture becomes a square: its own shape does not matter.
             self.images = [
-                {"id": i, "file_name": name, "width": 1, "height": 1}
-                for i, name in enumerate(names)
+                dict(id=i, file_name=name, width=1, height=1) for i, name in enumerate(names)
             ]
-            self.classes = classes or [{"id": 0, "name": "picture"}]
-        else:
-            super().__init__(root, split, transform, limit)
-            self.classes = classes or self.classes
+            self.classes = [{"id": 0, "name": "picture"}]
+        self.classes = classes or self.classes
         self.notes = [f"{len(self.images)} images"]
 
     def read(self, index):
-        info = self.images[index]
-        size = None if self.plain else (info["height"], info["width"])
-        return tv_tensors.Image(read_image(self.folder / info["file_name"], size)), {}
-
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-
-
-def has_split(root, split):
-    try:
-        return bool(find_split(root, split))
-    except DataError:
-        return False
+        return read_image(self.folder / self.images[index]["file_name"]), {}
 
 
 DATASETS = {kind.task: kind for kind in (CocoDataset, ObjectCrops, SemanticMaps, Pictures)}
@@ -423,8 +413,6 @@ def finish(image, target):
     """Plain tensors, floats in [0, 1]; boxes clipped, objects of which nothing is left dropped."""
     image, target = v2.ToPureTensor()(image, target)
     size, image = image.shape[-2:], image.float() / 255
-    if "semantic" in target:
-        return image, {"semantic": target["semantic"][0]}
     if "boxes" not in target:
         return image, target
     boxes = target["boxes"] = clip_boxes_to_image(target["boxes"], size)
