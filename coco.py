@@ -249,18 +249,17 @@ class CocoDataset(Dataset):
         self.objects = [
             [a for a in self.truth.imgToAnns[x["id"]] if not a["iscrowd"]] for x in self.images
         ]
-        used = sum(len(objects) for objects in self.objects)
-        bare = sum(not a["segmentation"] for a in sound)
+        used, bare = sum(map(len, self.objects)), sum(not a["segmentation"] for a in sound)
+        masked = any(a["segmentation"] for objects in self.objects for a in objects)
         self.has_masks = used > 0 and not bare
         self.notes = [f"{len(self.images)} images, {used} objects, {len(self.classes)} classes"]
-        if crowds := len(sound) - used:
-            self.notes.append(f"{crowds} crowd regions count in evaluation only")
-        if dropped := len(here) - len(sound):
-            self.notes.append(f"{dropped} boxes without area inside their image dropped")
-        if unknown := len(annotations) - len(known):
-            self.notes.append(f"{unknown} annotations of unknown images or categories dropped")
-        if bare and any(a["segmentation"] for objects in self.objects for a in objects):
-            self.notes.append(f"{bare} objects have no segmentation: masks are not used")
+        counts = {
+            "crowd regions count in evaluation only": len(sound) - used,
+            "boxes without area inside their image dropped": len(here) - len(sound),
+            "annotations of unknown images or categories dropped": len(annotations) - len(known),
+            "objects have no segmentation: masks are not used": bare if masked else 0,
+        }
+        self.notes += [f"{count} {what}" for what, count in counts.items() if count]
 
     def __len__(self):
         return len(self.images)
