@@ -448,10 +448,10 @@ class Transform:
 
     recipe: sizes (short sides in pixels; one is drawn in training, the last serves evaluation;
     empty: the image's own), max_size (of the long side at the largest short side; in evaluation,
-    and in training a segmenter, less for a smaller one), multiple (of
-    which both sides are), crop (empty: none). For task "detect" crop is the smallest and largest
-    side, of every second image; for "segment" one largest side, of every image; for "classify" and
-    "pretrain" the smallest and largest share of the area, and images are resized to squares.
+    and in training a segmenter, less for a smaller one), multiple (of which both sides are), crop
+    (empty: none). crop of task "detect": smallest and largest side, of every second image; of
+    "segment": one largest side; of "classify" and "pretrain", whose images are resized to squares:
+    smallest and largest share of the area.
     """
 
     def __init__(self, recipe, train, task="detect"):
@@ -460,51 +460,49 @@ class Transform:
     def __call__(self, image, target):
         r, train = self.recipe, self.train
         if train and torch.rand(1) < 0.5:
-            image, target = self.flip(image, target)
+            flip, width = v2.functional.horizontal_flip, image.shape[-1]
+            image, target = follow(flip, image, target, (-1, 1), (width, 0))
         if self.task in ("classify", "pretrain"):
             if not r["sizes"] or len(r["crop"]) not in (0, 2):
                 raise DataError("--set: give sizes=128, and crop=0.5,1.0 or crop=")
             side = [r["sizes"][-1]] * 2
-            how = "bicubic" if self.task == "classify" else "bilinear"
-            how = v2.InterpolationMode(how)
+            how = v2.InterpolationMode("bicubic" if self.task == "classify" else "bilinear")
             if train and r["crop"]:
                 return v2.RandomResizedCrop(side, r["crop"], interpolation=how)(image, target)
             return v2.Resize(side, how)(image, target)
         if train and len(r["crop"]) == 2 and torch.rand(()) < 0.5:
-            image, target = self.resize(image, target, choice((400, 500, 600)))
-            image, target = self.crop(image, target, *r["crop"])
+            image, target = resize(image, target, choice((400, 500, 600)))
+            image, target = crop(image, target, *r["crop"])
         sizes = r["sizes"] or [min(image.shape[-2:])]
         short, longest = sizes[-1], r["max_size"]
         if train:
             short = choice(sizes)
         if not train or self.task == "segment":
             longest = longest * short // max(sizes)
-        image, target = self.resize(image, target, short, longest, r.get("multiple", 1))
+        image, target = resize(image, target, short, longest, r.get("multiple", 1))
         if train and len(r["crop"]) == 1:
-            image, target = self.crop(image, target, *r["crop"], *r["crop"])
+            image, target = crop(image, target, *r["crop"], *r["crop"])
         return image, target
 
-    @staticmethod
-    def flip(image, target):
-        return follow(v2.functional.horizontal_flip, image, target, (-1, 1), (image.shape[-1], 0))
 
-    @staticmethod
-    def resize(image, target, short, longest=math.inf, multiple=1):
-        old = image.shape[-2:]
-        h, w = size = resized(*old, short, longest, multiple)
-        if size == old:
-            return image, target
-        operation = partial(v2.functional.resize, size=size)
-        return follow(operation, image, target, (w / old[1], h / old[0]))
+def choice(values):
+    return values[int(torch.randint(len(values), ()))]
 
-    @staticmethod
-    def crop(image, target, low, high):
-        """A random place of the image, its sides drawn from low..high where it is so large."""
-        sides = image.shape[-2:]
-        h, w = (int(torch.randint(min(s, low), min(s, high) + 1, ())) for s in sides)
-        top, left = (int(torch.randint(s - x + 1, ())) for s, x in zip(sides, (h, w), strict=True))
-        operation = partial(v2.functional.crop, top=top, left=left, height=h, width=w)
-        return follow(operation, image, target, shift=(-left, -top))
+
+def resize(image, target, short, longest=math.inf, multiple=1):
+    h, w = image.shape[-2:]
+    size = resized(h, w, short, longest, multiple)
+    operation = partial(v2.functional.resize, size=size)
+    return follow(operation, image, target, (size[1] / w, size[0] / h))
+
+
+def crop(image, target, low, high):
+    """A random place of the image, its sides drawn from low..high where it is so large."""
+    sides = image.shape[-2:]
+    h, w = (int(torch.randint(min(s, low), min(s, high) + 1, ())) for s in sides)
+    top, left = (int(torch.randint(s - x + 1, ())) for s, x in zip(sides, (h, w), strict=True))
+    operation = partial(v2.functional.crop, top=top, left=left, height=h, width=w)
+    return follow(operation, image, target, shift=(-left, -top))
 
 
 def follow(operation, image, target, scale=(1, 1), shift=(0, 0)):
@@ -514,10 +512,6 @@ def follow(operation, image, target, scale=(1, 1), shift=(0, 0)):
         polygons = target["polygons"]
         changed["polygons"] = [[np.multiply(p, scale) + shift for p in each] for each in polygons]
     return operation(image), target | changed
-
-
-def choice(values):
-    return values[int(torch.randint(len(values), ()))]
 
 
 # --- 3. Batch -------------------------------------------------------------------------------------
