@@ -547,10 +547,9 @@ class Batches(Sampler):
             number, place = divmod(step, self.per_epoch)
             if number != shown:
                 batches, shown = self.epoch(number), number
-            mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-            indices = batches[place, mine].tolist()
             first = self.rank * self.batch_size
-            yield [(i, random_seed(self.seed, step, first + k)) for k, i in enumerate(indices)]
+            mine = batches[place, first : first + self.batch_size].tolist()
+            yield [(i, random_seed(self.seed, step, k)) for k, i in enumerate(mine, first)]
 
 
 def steps_per_epoch(dataset, global_batch):
@@ -563,9 +562,8 @@ def random_seed(*numbers):
 
 
 def collate(samples):
-    """List of (image, target) -> list of images, list of targets."""
-    images, targets = zip(*samples, strict=True)
-    return list(images), list(targets)
+    """(image, target) pairs -> images, targets: they stay apart, for their sizes differ."""
+    return tuple(zip(*samples, strict=True))
 
 
 # --- 4. Evaluate ----------------------------------------------------------------------------------
