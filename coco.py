@@ -589,21 +589,23 @@ def to_results(dataset, target, output):
         counts = torch.bincount((truth * n + found)[truth >= 0], minlength=n * n)
         pairs = [[i // n, i % n, int(counts[i])] for i in counts.nonzero()[:, 0].tolist()]
         return [about | dict(pixels=pairs)]
-    boxes = box_convert(output["boxes"].float(), "xyxy", "xywh").tolist()
-    scores, labels = output["scores"].tolist(), output["labels"].tolist()
-    ids = [dataset.classes[label]["id"] for label in labels]
-    results = [
-        about | dict(category_id=i, bbox=box, score=score)
-        for i, box, score in zip(ids, boxes, scores, strict=True)
-    ]
+    columns = dict(
+        category_id=[dataset.classes[label]["id"] for label in output["labels"].tolist()],
+        bbox=box_convert(output["boxes"].float(), "xyxy", "xywh").tolist(),
+        score=output["scores"].tolist(),
+    )
     if "tokens" in output:  # which [DET] token answered
-        for result, token in zip(results, output["tokens"].tolist(), strict=True):
-            result["token"] = token
+        columns["token"] = output["tokens"].tolist()
     if "masks" in output:
-        masks = output["masks"].permute(1, 2, 0).to("cpu", torch.uint8).numpy()
-        for result, rle in zip(results, mask_api.encode(np.asfortranarray(masks)), strict=True):
-            result["segmentation"] = rle | {"counts": rle["counts"].decode()}
-    return results
+        columns["segmentation"] = encode(output["masks"].permute(1, 2, 0).cpu().numpy())
+    rows = zip(*columns.values(), strict=True)
+    return [about | dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def encode(masks):
+    """Masks (H, W, M) as compressed run lengths that json can hold."""
+    rles = mask_api.encode(np.asfortranarray(masks, dtype=np.uint8))
+    return [rle | {"counts": rle["counts"].decode()} for rle in rles]
 
 
 def evaluate(dataset, results):
@@ -621,8 +623,7 @@ def evaluate(dataset, results):
         right = [r["category_id"] == r["true_id"] for r in results]
         return {"top1": sum(right) / len(right)}
     if dataset.task == "segment":
-        counts = torch.zeros(len(dataset.classes) + 1, len(dataset.classes) + 1)
-        counts = counts.double()  # (truth, found)
+        counts = torch.zeros([len(dataset.classes) + 1] * 2, dtype=torch.double)  # (truth, found)
         for truth, found, pixels in itertools.chain(*(r["pixels"] for r in results)):
             counts[truth, found] += pixels
         right, union = counts.diag(), counts.sum(0) + counts.sum(1) - counts.diag()
@@ -816,11 +817,10 @@ def write_shapes(root, split, count, seed):
         PIL.Image.fromarray(pixels).save(folder / name, quality=95)
         images.append(dict(id=i, file_name=name, height=pixels.shape[0], width=pixels.shape[1]))
         for label, mask in objects:
-            rle = mask_api.encode(np.asfortranarray(mask, dtype=np.uint8))
+            (rle,) = encode(mask[:, :, None])
             about = dict(id=len(annotations) + 1, image_id=i, category_id=label + 1, iscrowd=0)
-            segmentation = rle | {"counts": rle["counts"].decode()}
             about |= dict(bbox=mask_api.toBbox(rle).tolist(), area=int(mask.sum()))
-            annotations.append(about | dict(segmentation=segmentation))
+            annotations.append(about | dict(segmentation=rle))
     categories = [dict(id=label + 1, name=name) for label, name in enumerate(SHAPES)]
     data = dict(info={}, images=images, annotations=annotations, categories=categories)
     (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(data))
