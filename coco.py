@@ -654,40 +654,36 @@ def enlarge(image):
     return image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2), zoom
 
 
-def draw(image, found, classes, threshold=0.5):
+def draw(image, found, classes):
     """Image (3, H, W) in [0, 1] with boxes, masks and names drawn on it: (3, H', W') uint8.
 
-    found: a target, or what a model answered. Small images are enlarged so that the names can be
-    read.
+    found: a target, or what a model answered. Small images are enlarged, so that names can be read.
     """
-    canvas, zoom = enlarge((image.clamp(0, 1) * 255).to("cpu", torch.uint8))
+    canvas, threshold = (image.clamp(0, 1) * 255).to("cpu", torch.uint8), 0.5
     if "semantic" in found:
         masks = torch.stack([found["semantic"].cpu() == k for k in range(len(classes))])
-        masks = masks.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
         colors = [COLORS[k % len(COLORS)] for k in range(len(classes))]
-        return draw_segmentation_masks(canvas, masks, alpha=0.6, colors=colors)
+        canvas = draw_segmentation_masks(canvas, masks, alpha=0.6, colors=colors)
     if "logits" in found:
         score, label = found["logits"].softmax(dim=0).max(dim=0)
         found, threshold = {"labels": label[None], "scores": score[None]}, 0
-    if not found:
-        return canvas
-    if "boxes" not in found:  # the whole image is the object
-        h, w = image.shape[1:]
-        found = found | {"boxes": torch.tensor([[0, 0, w - 1, h - 1]])}
-    keep = (found.get("scores", torch.ones(len(found["boxes"]))) >= threshold).cpu()
+    labels = found.get("labels", torch.zeros(0)).cpu()
+    scores = found.get("scores", torch.ones(len(labels))).cpu()
+    keep = scores >= threshold
     if not keep.any():
-        return canvas
-    labels = found["labels"].cpu()[keep]
-    colors = [COLORS[i % len(COLORS)] for i in labels.tolist()]
-    names = [classes[i]["name"] for i in labels.tolist()]
+        return enlarge(canvas)[0]
+    colors = [COLORS[i % len(COLORS)] for i in labels[keep].tolist()]
+    names = [classes[i]["name"] for i in labels[keep].tolist()]
     if "scores" in found:
-        scores = found["scores"].cpu()[keep].tolist()
-        names = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
+        pairs = zip(names, scores[keep].tolist(), strict=True)
+        names = [f"{name} {score:.2f}" for name, score in pairs]
     if "masks" in found:
-        masks = found["masks"].cpu()[keep].repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+        masks = found["masks"].cpu()[keep]
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.4, colors=colors)
-    boxes = found["boxes"].cpu()[keep] * zoom
-    return draw_bounding_boxes(canvas, boxes, names, colors=colors, width=2)
+    h, w = image.shape[1:]
+    boxes = found.get("boxes", torch.tensor([[0, 0, w - 1, h - 1]]))  # of a class: the whole image
+    canvas, zoom = enlarge(canvas)
+    return draw_bounding_boxes(canvas, boxes.cpu()[keep] * zoom, names, colors=colors, width=2)
 
 
 def describe(found, classes):
@@ -701,7 +697,7 @@ def describe(found, classes):
     if "semantic" in found:
         shares = torch.bincount(found["semantic"].flatten(), minlength=len(classes) + 1)
         names = [*(c["name"] for c in classes), "background"]
-        order = shares.argsort(descending=True)[: int((shares > 0).sum())].tolist()
+        order = [k for k in shares.argsort(descending=True).tolist() if shares[k]]
         return ", ".join(f"{names[k]} {shares[k] / shares.sum():.0%}" for k in order[:6])
     return f"{int((found['scores'] >= 0.5).sum())} objects with a score of 0.5 or more"
 
