@@ -29,7 +29,7 @@ from torchvision import tv_tensors
 from torchvision.datasets.folder import is_image_file
 from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms import v2
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 
 class DataError(Exception):
@@ -706,15 +706,15 @@ COLORS = ["red", "lime", "blue", "yellow", "magenta", "cyan", "orange", "white",
 
 
 def save_pictures(path, rows):
-    """Write rows of pictures (3, H, W) uint8 as one PNG, side by side, padded with white."""
+    """Write rows of pictures (3, H, W) uint8, the last perhaps shorter, as one PNG."""
     height, width = (max(p.shape[d] for row in rows for p in row) + 4 for d in (1, 2))
-    size = (3, height * len(rows), width * max(map(len, rows)))
-    canvas = torch.full(size, 255, dtype=torch.uint8)
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            _, h, w = picture.shape
-            canvas[:, i * height : i * height + h, j * width : j * width + w] = picture
-    PIL.Image.fromarray(canvas.permute(1, 2, 0).numpy()).save(path)
+    cells = [
+        v2.functional.pad(p, [0, 0, width - p.shape[2], height - p.shape[1]], fill=255)
+        for row in rows
+        for p in row
+    ]
+    grid = make_grid(cells, nrow=max(map(len, rows)), padding=0, pad_value=255)
+    v2.functional.to_pil_image(grid).save(path)
 
 
 def draw_attention(image, box_xyxy, maps):
