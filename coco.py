@@ -722,9 +722,8 @@ def draw_attention(image, box_xyxy, maps):
     image, zoom = enlarge(image.cpu())
     light = maps.cpu() / maps.cpu().amax(dim=(1, 2), keepdim=True).clamp(min=1e-9)
     light = v2.functional.resize(light, image.shape[1:])
-    first = draw_bounding_boxes(
-        (image * 255).byte(), box_xyxy.cpu()[None] * zoom, colors="red", width=2
-    )
+    box = box_xyxy.cpu()[None] * zoom
+    first = draw_bounding_boxes((image * 255).byte(), box, colors="red", width=2)
     return [first, *((image * (0.15 + 0.85 * m) * 255).byte() for m in light)]
 
 
@@ -757,13 +756,12 @@ def draw_tokens(path, dataset, results, side=120):
         labels = [dataset.label_of[result["category_id"]] for result in found]
         counts = np.bincount(labels, minlength=len(dataset.classes))
         width, bottom = side / len(counts), side + 44
-        for label, height in enumerate(40 * counts / max(1, counts.max())):
-            left, right = width * label, max(width * label, width * (label + 1) - 2)
-            if height:
-                color = COLORS[label % len(COLORS)]
-                pen.rectangle([left, bottom - height, right, bottom], color)
+        for label in counts.nonzero()[0].tolist():
+            left, top = width * label, bottom - 40 * counts[label] / counts.max()
+            right, color = max(left, left + width - 2), COLORS[label % len(COLORS)]
+            pen.rectangle([left, top, right, bottom], color)
         pen.text((2, side + 46), f"{name}: {len(found)}", "black")
-        pictures.append(torch.from_numpy(np.array(panel)).permute(2, 0, 1))
+        pictures.append(v2.functional.pil_to_tensor(panel))
     columns = math.ceil(math.sqrt(1.6 * len(pictures)))
     save_pictures(path, [pictures[i : i + columns] for i in range(0, len(pictures), columns)])
 
