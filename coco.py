@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -790,14 +789,12 @@ def make_shapes(root, num_train=4000, num_val=500, seed=0):
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
     print(f"writing {num_train + num_val} generated images to {root}", flush=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{root.name}-unfinished-", dir=root.parent))
-    try:
-        (unfinished / "annotations").mkdir()
+    with tempfile.TemporaryDirectory(prefix=f"{root.name}-", dir=root.parent) as folder:
+        unfinished = Path(folder, root.name)
+        (unfinished / "annotations").mkdir(parents=True)
         for split, count in (("train", num_train), ("val", num_val)):
             write_shapes(unfinished, split, count, seed)
         os.replace(unfinished, root)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return root
 
 
