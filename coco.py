@@ -821,7 +821,7 @@ def draw_shapes(random):
     """One picture (H, W, 3) uint8 and its objects: list of (label, visible mask (H, W) bool)."""
     H, W = SHAPES_SIZES[random.integers(len(SHAPES_SIZES))]
     pixels = background(random, H, W)
-    objects, visible, whole = [], [], []
+    objects, areas = [], []  # areas: of the whole shapes
     wanted = min(8, random.geometric(0.5))
     for _ in range(4 * wanted):
         if len(objects) == wanted:
@@ -829,28 +829,23 @@ def draw_shapes(random):
         label = int(random.integers(len(SHAPES)))
         radius = min(12 + 66 * random.uniform(), 0.6 * min(H, W))
         cy, cx = random.uniform(0.8 * radius, [H - 0.8 * radius, W - 0.8 * radius])
-        top, left = max(0, int(cy - radius)), max(0, int(cx - radius))
-        window = np.s_[top : int(cy + radius) + 2, left : int(cx + radius) + 2]
-        y, x = np.indices(pixels[window].shape[:2], dtype=np.float32)
-        y, x = (y + top - cy) / radius, (x + left - cx) / radius
+        y, x = np.indices((H, W))
+        y, x = (y - cy) / radius, (x - cx) / radius
         angle = random.uniform(-0.4, 0.4)
         u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
         inside = list(SHAPES.values())[label](u, v)
-        hidden = [(old[window] & inside).sum() for _, old in objects]
-        rest = [n - h for n, h in zip(visible, hidden, strict=True)]
-        if any(n < 0.6 * area for n, area in zip(rest, whole, strict=True)):
+        left = [(mask & ~inside).sum() for _, mask in objects]
+        if any(n < 0.6 * area for n, area in zip(left, areas, strict=True)):
             continue  # would hide too much of an earlier object
-        for _, old in objects:
-            old[window] &= ~inside
-        mask = np.zeros((H, W), dtype=bool)
-        mask[window] = inside
-        objects.append((label, mask))
-        visible, whole = [*rest, inside.sum()], [*whole, inside.sum()]
-        behind = pixels[mask].mean(axis=0)
+        for _, mask in objects:
+            mask &= ~inside
+        objects.append((label, inside))
+        areas.append(inside.sum())
+        behind = pixels[inside].mean(axis=0)
         color = random.uniform(90, 255, 3)
         while abs(color - behind).max() < 70:  # can be told from what is behind it
             color = random.uniform(90, 255, 3)
-        pixels[mask] = color * (1 + random.choice([-0.15, 0.15]) * u[inside])[:, None]
+        pixels[inside] = color * (1 + random.choice([-0.15, 0.15]) * u[inside])[:, None]
     pixels += 6 * random.standard_normal(pixels.shape, dtype=np.float32)
     return pixels.clip(0, 255).astype(np.uint8), objects
 
