@@ -289,9 +289,8 @@ class CocoDataset(Dataset):
 
     def read(self, index):
         """Image and target as they lie in the file, as torchvision's tv_tensors."""
-        info, objects = self.images[index], self.objects[index]
-        size = (info["height"], info["width"])
-        image = self.read_file(info)
+        image, objects = self.read_file(self.images[index]), self.objects[index]
+        size = image.shape[-2:]
         boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
         boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), size)
         target = {
@@ -472,13 +471,11 @@ class Transform:
         if train and len(r["crop"]) == 2 and torch.rand(()) < 0.5:
             image, target = resize(image, target, choice((400, 500, 600)))
             image, target = crop(image, target, *r["crop"])
-        sizes = r["sizes"] or [min(image.shape[-2:])]
-        short, longest = sizes[-1], r["max_size"]
-        if train:
-            short = choice(sizes)
+        sizes, longest = r["sizes"] or [min(image.shape[-2:])], r["max_size"]
+        short = choice(sizes) if train else sizes[-1]
         if not train or self.task == "segment":
             longest = longest * short // max(sizes)
-        image, target = resize(image, target, short, longest, r.get("multiple", 1))
+        image, target = resize(image, target, short, longest, r["multiple"])
         if train and len(r["crop"]) == 1:
             image, target = crop(image, target, *r["crop"], *r["crop"])
         return image, target
