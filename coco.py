@@ -704,11 +704,10 @@ COLORS = ["red", "lime", "blue", "yellow", "magenta", "cyan", "orange", "white",
 def save_pictures(path, rows):
     """Write rows of pictures (3, H, W) uint8, the last perhaps shorter, as one PNG."""
     height, width = (max(p.shape[d] for row in rows for p in row) + 4 for d in (1, 2))
-    cells = [
-        v2.functional.pad(p, [0, 0, width - p.shape[2], height - p.shape[1]], fill=255)
-        for row in rows
-        for p in row
-    ]
+    cells = []
+    for picture in itertools.chain(*rows):
+        right, bottom = width - picture.shape[2], height - picture.shape[1]
+        cells.append(v2.functional.pad(picture, [0, 0, right, bottom], fill=255))
     grid = make_grid(cells, nrow=max(map(len, rows)), padding=0, pad_value=255)
     v2.functional.to_pil_image(grid).save(path)
 
