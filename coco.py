@@ -92,8 +92,8 @@ def is_mask(x):
 def run_lengths(text):
     """Compressed run lengths as numbers, none of them if the text is damaged.
 
-    A character is 6 bits, from "0" on: 5 of a number, lowest first, and whether more follow; the
-    last one's 16 is its sign. From the fourth on a number is the difference to the last but one.
+    A character is 6 bits from "0" on: 5 of a number, lowest first, the last one's 16 its sign, and
+    whether more follow. From the fourth on a number is the difference to the last but one.
     """
     counts, value, shift = [], 0, 0
     for bits in (byte - 48 for byte in text.encode()):
@@ -208,13 +208,12 @@ def complete(annotation):
 class CocoDataset(Dataset):
     """Images with their objects, from a folder in COCO format.
 
-    root: folder in COCO's layout or the common export layout (see layouts). classes: category
-    dicts that fix the labels (those of the training split), the json's own by default. limit: use
-    the first so many images. dataset[i] -> image (3, H, W) float in [0, 1], target dict(boxes (M,
-    4) float xyxy pixels, labels (M,) int64, masks (M, H, W) bool if every annotation has a
-    segmentation, image_id int, size (H, W) of the file). dataset[i, seed] does the same with the
-    transform's random choices fixed by seed. Raises DataError; with skip_bad the next image that
-    can be read stands in for a bad one, and target["skipped"] says what was wrong.
+    root: see layouts. classes: category dicts that fix the labels (those of the training split),
+    the json's own by default. limit: use the first so many images. dataset[i] -> image (3, H, W)
+    float in [0, 1], target dict(boxes (M, 4) float xyxy pixels, labels (M,) int64, masks (M, H, W)
+    bool if every annotation has a segmentation, image_id int, size (H, W) of the file). dataset[i,
+    seed]: the transform's random choices are fixed by seed. Raises DataError; with skip_bad the
+    next image stands in for one that cannot be read, and target["skipped"] says what was wrong.
     """
 
     task, skip_bad, has_masks = "detect", False, False
@@ -605,12 +604,11 @@ def encode(masks):
 
 
 def evaluate(dataset, results):
-    """What a data set's results (see to_results) are worth: a dict of named shares, best first.
+    """What a data set's results (see to_results) are worth: numbers by name, the main one first.
 
-    Detectors: COCO average precision, METRICS of boxes and "mask_"... of masks; zero without
-    detections, -1, shown as n/a, where the data has nothing to find. Classifiers: top1. Segmenters:
-    mIoU over the classes, background too, that are there or were found; and pixel accuracy.
-    Pre-training: the share of the baseline's error that is gone, and both errors.
+    Detectors: METRICS of boxes and "mask_"... of masks; 0 without detections, -1 where there is
+    nothing to find. Segmenters: mIoU over the classes, background too, that are there or were
+    found. Pre-training: the share of the baseline's error that is gone, and both errors.
     """
     if dataset.task == "pretrain":
         l1, baseline = (sum(r[name] for r in results) / len(results) for name in ("l1", "baseline"))
@@ -733,8 +731,7 @@ def relative_boxes(dataset, results):
 def draw_tokens(path, dataset, results, side=120):
     """One panel a [DET] token: centres of its boxes, and below how often it named each class.
 
-    Colours: COCO's small boxes blue, medium ones green, large ones red. The first panel shows the
-    ground truth. results: detections with a token, see to_results.
+    Small boxes are blue, medium ones green, large ones red. The first panel: the ground truth.
     """
     panels = {"truth": [a for a in dataset.truth.dataset["annotations"] if not a["iscrowd"]]}
     for result in sorted(results, key=lambda r: r["token"]):
@@ -777,8 +774,8 @@ SHAPES_SIZES = [(128, 128), (128, 160), (160, 128), (96, 160), (160, 96)]  # (H,
 def make_shapes(root, num_train=4000, num_val=500, seed=0):
     """Write the generated data set into folder root unless it is there; seed decides every file.
 
-    1-8 slightly turned shapes of 12 to 77 pixels' radius in any bright colour, at least 60 % of
-    each visible, on dim textured backgrounds. The folder appears only when complete.
+    1-8 shapes of 12 to 77 pixels' radius, slightly turned, bright, at least 60 % of each visible,
+    on dim textured backgrounds. The folder appears only when complete.
     """
     root = Path(root)
     if root.exists():
