@@ -189,20 +189,19 @@ def read_image(path, size=None):
     return image
 
 
-def has_area(annotation, image):
-    """Whether some of the box, more than rounding leaves, lies in its image."""
-    x, y, w, h = annotation["bbox"]
-    inside = min(x + w, image["width"]) - max(x, 0), min(y + h, image["height"]) - max(y, 0)
-    return min(inside) > 1e-3
-
-
-def complete(annotation):
-    """With what the json may leave out, or say null to; without polygons that enclose nothing."""
-    a = {"iscrowd": 0, "segmentation": [], "area": math.prod(annotation["bbox"][2:])}
-    a |= {key: value for key, value in annotation.items() if value is not None}
-    if isinstance(a["segmentation"], list):
-        a["segmentation"] = [polygon for polygon in a["segmentation"] if len(polygon) >= 6]
-    return a
+def usable(annotations, image_of):
+    """Those with some of their box inside their image, and with what the json may leave out."""
+    rows = []
+    for annotation in annotations:
+        image, (x, y, w, h) = image_of[annotation["image_id"]], annotation["bbox"]
+        inside = min(x + w, image["width"]) - max(x, 0), min(y + h, image["height"]) - max(y, 0)
+        if min(inside) > 1e-3:  # more than rounding leaves
+            a = {"iscrowd": 0, "segmentation": [], "area": w * h}
+            a |= {key: value for key, value in annotation.items() if value is not None}
+            if isinstance(a["segmentation"], list):  # without polygons that enclose nothing
+                a["segmentation"] = [polygon for polygon in a["segmentation"] if len(polygon) >= 6]
+            rows.append(a | {"id": len(rows) + 1})  # COCOeval takes 0 for "no match"
+    return rows
 
 
 class CocoDataset(Dataset):
@@ -232,15 +231,13 @@ class CocoDataset(Dataset):
         self.label_of = {c["id"]: label for label, c in enumerate(self.classes)}
         if not self.images or not self.classes and self.task != "pretrain":
             raise DataError(f"{self.file}: lists no {'categories' if self.images else 'images'}")
-        listed, info_of = {x["id"] for x in images}, {x["id"]: x for x in self.images}
+        listed, image_of = {x["id"] for x in images}, {x["id"]: x for x in self.images}
         known = [
             a for a in annotations if a["image_id"] in listed and a["category_id"] in self.label_of
         ]
-        here = [a for a in known if a["image_id"] in info_of]
-        sound = [complete(a) for a in here if has_area(a, info_of[a["image_id"]])]
-        # Evaluation needs all, crowds too, with ids from 1: pycocotools takes 0 for "no match".
-        sound = [a | {"id": i} for i, a in enumerate(sound, start=1)]
-        self.truth = COCO()
+        here = [a for a in known if a["image_id"] in image_of]
+        sound = usable(here, image_of)
+        self.truth = COCO()  # for evaluation: crowds too
         self.truth.dataset = dict(images=self.images, annotations=sound, categories=self.classes)
         with contextlib.redirect_stdout(io.StringIO()):
             self.truth.createIndex()
