@@ -620,9 +620,10 @@ def evaluate(dataset, results):
         right, union = counts.diag(), counts.sum(0) + counts.sum(1) - counts.diag()
         iou = (right / union)[union > 0]
         return {"mIoU": iou.mean().item(), "pixel_accuracy": (right.sum() / counts.sum()).item()}
-    metrics = {}
-    masks = dataset.has_masks and all("segmentation" in r for r in results)
-    for kind, prefix in (("bbox", ""), ("segm", "mask_")) if masks else (("bbox", ""),):
+    metrics, prefixes = {}, {"bbox": ""}
+    if dataset.has_masks and all("segmentation" in r for r in results):
+        prefixes["segm"] = "mask_"
+    for kind, prefix in prefixes.items():
         # Objects are small, medium or large by what is judged: loadRes takes a mask's area only
         # where there is no box. It writes into what it is given.
         found = [{k: v for k, v in r.items() if k != "bbox" or kind == "bbox"} for r in results]
