@@ -41,21 +41,18 @@ class DataError(Exception):
 # --- 1. Read --------------------------------------------------------------------------------------
 
 
-def layouts(root, split):
-    """Json and image folder of split "train" or "val" in COCO's and in the common export layout."""
+def find_split(root, split, required=True):
+    """Json and image folder of split "train" or "val" in COCO's or the common export layout."""
     root, other = Path(root), {"train": "train", "val": "valid"}[split]
-    return [
+    layouts = [
         (root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"),
         (root / other / "_annotations.coco.json", root / other),
     ]
-
-
-def find_split(root, split):
-    for annotations, folder in layouts(root, split):
+    for annotations, folder in layouts:
         if annotations.is_file():
             return annotations, folder
-    expected = " or ".join(str(annotations) for annotations, _ in layouts(root, split))
-    raise DataError(f"{root}: no {split} split; expected {expected}")
+    if required:
+        raise DataError(f"{root}: no {split} split; expected {layouts[0][0]} or {layouts[1][0]}")
 
 
 def is_whole(x):
@@ -207,7 +204,7 @@ def usable(annotations, image_of):
 class CocoDataset(Dataset):
     """Images with their objects, from a folder in COCO format.
 
-    root: see layouts. classes: category dicts that fix the labels (those of the training split),
+    root: see find_split. classes: category dicts that fix the labels (those of the training split),
     the json's own by default. limit: use the first so many images. dataset[i] -> image (3, H, W)
     float in [0, 1], target dict(boxes (M, 4) float xyxy pixels, labels (M,) int64, masks (M, H, W)
     bool if every annotation has a segmentation, image_id int, size (H, W) of the file). dataset[i,
@@ -232,20 +229,17 @@ class CocoDataset(Dataset):
         if not self.images or not self.classes and self.task != "pretrain":
             raise DataError(f"{self.file}: lists no {'categories' if self.images else 'images'}")
         listed, image_of = {x["id"] for x in images}, {x["id"]: x for x in self.images}
-        known = [
-            a for a in annotations if a["image_id"] in listed and a["category_id"] in self.label_of
-        ]
+        known = [a for a in annotations if a["image_id"] in listed and a["category_id"] in names]
         here = [a for a in known if a["image_id"] in image_of]
         sound = usable(here, image_of)
         self.truth = COCO()  # for evaluation: crowds too
         self.truth.dataset = dict(images=self.images, annotations=sound, categories=self.classes)
         with contextlib.redirect_stdout(io.StringIO()):
             self.truth.createIndex()
-        self.objects = [
-            [a for a in self.truth.imgToAnns[x["id"]] if not a["iscrowd"]] for x in self.images
-        ]
+        rows = [self.truth.imgToAnns[x["id"]] for x in self.images]
+        self.objects = [[a for a in row if not a["iscrowd"]] for row in rows]
         used, bare = sum(map(len, self.objects)), sum(not a["segmentation"] for a in sound)
-        masked = any(a["segmentation"] for objects in self.objects for a in objects)
+        masked = any(a["segmentation"] for a in itertools.chain(*self.objects))
         self.has_masks = used > 0 and not bare
         self.notes = [f"{len(self.images)} images, {used} objects, {len(self.classes)} classes"]
         counts = {
@@ -377,7 +371,7 @@ class Pictures(CocoDataset):
     task = "pretrain"
 
     def __init__(self, root, split, transform=None, limit=None, classes=None):
-        if any(file.is_file() for part in ("train", "val") for file, _ in layouts(root, part)):
+        if any(find_split(root, part, required=False) for part in ("train", "val")):
             super().__init__(root, split, transform, limit)
         else:
             self.folder, self.transform = Path(root), transform
