@@ -1,6 +1,6 @@
 """COCO-format data: read, transform, batch, evaluate, draw; and generated shapes in that format.
 
-Flow: folder -> CocoDataset -> Transform -> Batches -> collate -> images, targets -> model
+Flow: folder -> CocoDataset -> Transform -> batches -> collate -> images, targets -> model
       -> to_results -> evaluate (average precision) and draw (pictures)
 Labels are 0..K-1 in the order of the json's categories; to_results maps them back to category ids.
 """
@@ -23,7 +23,7 @@ import torch
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.datasets.folder import is_image_file
 from torchvision.ops import box_convert, clip_boxes_to_image
@@ -503,39 +503,31 @@ def follow(operation, image, target, scale=(1, 1), shift=(0, 0)):
 # --- 3. Batch -------------------------------------------------------------------------------------
 
 
-class Batches(Sampler):
+def batches(dataset, batch_size, start, stop, seed=0, rank=0, world=1):
     """Batches of (index, seed) for steps start..stop, images of similar aspect ratio together.
 
     Step t is the same whatever came before and however many workers load it, so a resumed run goes
     on exactly. Of each global batch of `world` processes, process `rank` gets its share.
     """
+    aspect = torch.tensor([image["width"] / image["height"] for image in dataset.images])
+    size, first, shown = batch_size * world, batch_size * rank, None
+    for step in range(start, stop):
+        number, place = divmod(step, steps_per_epoch(dataset, size))
+        if number != shown:
+            order, shown = epoch(aspect, size, random_seed(seed, number)), number
+        mine = order[place, first : first + batch_size].tolist()
+        yield [(i, random_seed(seed, step, k)) for k, i in enumerate(mine, first)]
 
-    def __init__(self, dataset, batch_size, start, stop, seed=0, rank=0, world=1):
-        self.aspect = torch.tensor([image["width"] / image["height"] for image in dataset.images])
-        self.batch_size, self.start, self.stop = batch_size, start, stop
-        self.seed, self.rank, self.world = seed, rank, world
-        self.per_epoch = steps_per_epoch(dataset, batch_size * world)
 
-    def epoch(self, number):
-        """Global batches (per_epoch, world * batch_size) of an epoch, shuffled by seed."""
-        generator = torch.Generator().manual_seed(random_seed(self.seed, number))
-        size = self.batch_size * self.world
-        order = torch.randperm(len(self.aspect), generator=generator)
-        order = order.repeat(-(-size // len(order)))[: self.per_epoch * size]
-        for window in order.split(16 * size):  # sorting within windows alone keeps batches random
-            window.copy_(window[self.aspect[window].argsort()])
-        shuffle = torch.randperm(self.per_epoch, generator=generator)
-        return order.reshape(self.per_epoch, size)[shuffle]
-
-    def __iter__(self):
-        shown = None
-        for step in range(self.start, self.stop):
-            number, place = divmod(step, self.per_epoch)
-            if number != shown:
-                batches, shown = self.epoch(number), number
-            first = self.rank * self.batch_size
-            mine = batches[place, first : first + self.batch_size].tolist()
-            yield [(i, random_seed(self.seed, step, k)) for k, i in enumerate(mine, first)]
+def epoch(aspect, size, seed):
+    """Global batches (steps, size) of an epoch over images of these aspect ratios."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = steps_per_epoch(aspect, size)
+    order = torch.randperm(len(aspect), generator=generator)
+    order = order.repeat(-(-size // len(order)))[: steps * size]
+    for window in order.split(16 * size):  # sorting within windows alone keeps batches random
+        window.copy_(window[aspect[window].argsort()])
+    return order.reshape(steps, size)[torch.randperm(steps, generator=generator)]
 
 
 def steps_per_epoch(dataset, global_batch):

@@ -510,7 +510,7 @@ def train(args, module, recipe, net, data, dataset, held_out):
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
     size, first = args.batch_size, progress["step"]
     share = size * args.accumulate  # of this process in a step, whose images it decides
-    order = coco.Batches(dataset, share, first, args.steps, args.seed, args.rank, args.world)
+    order = coco.batches(dataset, share, first, args.steps, args.seed, args.rank, args.world)
     parts = (batch[i : i + size] for batch in order for i in range(0, share, size))
     batches = iter(make_loader(args, dataset, batch_sampler=parts))
     eval_every = math.ceil(args.schedule / EVALUATIONS)
@@ -758,7 +758,7 @@ def measure(args, peak):
     module, recipe, net, _, dataset, *_ = prepare(args)
     repeats, args.accumulate, args.schedule = args.steps or 5, 1, 100
     args.lr = args.lr or recipe["lr"]
-    batches = iter(coco.Batches(dataset, args.batch_size, 0, repeats + 2, args.seed))
+    batches = iter(coco.batches(dataset, args.batch_size, 0, repeats + 2, args.seed))
     load = lambda _=None: coco.collate([dataset[item] for item in next(batches)])  # noqa: E731
     images, targets = to_device(load(), args.device)
     optimizer = torch.optim.AdamW(module.param_groups(net, recipe), lr=args.lr, fused=True)

@@ -251,7 +251,7 @@ def test_evaluation_of_a_smaller_size_has_a_smaller_limit():
 
 
 def batches(dataset, start=0, stop=12, **kwargs):
-    return list(coco.Batches(dataset, 4, start, stop, **kwargs))
+    return list(coco.batches(dataset, 4, start, stop, **kwargs))
 
 
 def test_batches_go_on_where_they_stopped_and_cover_each_epoch(shapes):
@@ -265,7 +265,7 @@ def test_batches_go_on_where_they_stopped_and_cover_each_epoch(shapes):
 
 def test_processes_share_the_global_batch(shapes):
     dataset = coco.CocoDataset(shapes, "train")
-    shares = [coco.Batches(dataset, 2, 0, 6, rank=rank, world=2) for rank in (0, 1)]
+    shares = [coco.batches(dataset, 2, 0, 6, rank=rank, world=2) for rank in (0, 1)]
     assert [a + b for a, b in zip(*shares, strict=True)] == batches(dataset, 0, 6)
 
 
