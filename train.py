@@ -654,8 +654,7 @@ def predict(args, net, recipe, classes):
             raise DataError(f"--attention: {args.model} has {count} [DET] tokens, from 0 on")
     for number, path in enumerate(args.predict, start=1):
         pixels = coco.read_image(path)
-        image, _ = transform(coco.tv_tensors.Image(pixels), {})
-        image = image.as_subclass(torch.Tensor).float() / 255
+        image, _ = coco.finish(*transform(pixels, {}))
         with autocast(args):
             (found,) = net([image.to(args.device)], sizes=[tuple(pixels.shape[-2:])])
         file = args.out / f"predict-{number}-{Path(path).stem}.png"
