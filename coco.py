@@ -625,6 +625,8 @@ def evaluate(dataset, results):
 
 # --- 5. Draw --------------------------------------------------------------------------------------
 
+COLORS = ["red", "lime", "blue", "yellow", "magenta", "cyan", "orange", "white", "purple", "green"]
+
 
 def enlarge(image):
     """Image (3, H, W), each pixel repeated zoom times if that is needed to see it; and zoom."""
@@ -637,12 +639,13 @@ def draw(image, found, classes):
 
     found: a target, or what a model answered. Small images are enlarged, so that names can be read.
     """
-    canvas, threshold = (image.clamp(0, 1) * 255).to("cpu", torch.uint8), 0.5
+    canvas = (image.clamp(0, 1) * 255).to("cpu", torch.uint8)
     if "semantic" in found:
         masks = torch.stack([found["semantic"].cpu() == k for k in range(len(classes))])
         colors = [COLORS[k % len(COLORS)] for k in range(len(classes))]
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.6, colors=colors)
-    if "logits" in found:
+    threshold = 0.5
+    if "logits" in found:  # the best class, however sure
         score, label = found["logits"].softmax(dim=0).max(dim=0)
         found, threshold = {"labels": label[None], "scores": score[None]}, 0
     labels = found.get("labels", torch.zeros(0)).cpu()
@@ -678,9 +681,6 @@ def describe(found, classes):
         order = [k for k in shares.argsort(descending=True).tolist() if shares[k]]
         return ", ".join(f"{names[k]} {shares[k] / shares.sum():.0%}" for k in order[:6])
     return f"{int((found['scores'] >= 0.5).sum())} objects with a score of 0.5 or more"
-
-
-COLORS = ["red", "lime", "blue", "yellow", "magenta", "cyan", "orange", "white", "purple", "green"]
 
 
 def save_pictures(path, rows):
