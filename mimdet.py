@@ -810,12 +810,30 @@ def build(config, num_classes):
 if __name__ == "__main__":
     torch.manual_seed(0)
     model, image = build("nano", num_classes=6).eval(), torch.rand(3, 128, 160)
-    print(f"MIMDet nano: {sum(p.numel() for p in model.parameters()):,} parameters")
+    boxes = torch.tensor([[20.0, 30, 60, 80], [90, 40, 150, 110]])
+    masks = torch.zeros(2, 128, 160, dtype=torch.bool)
+    masks[0, 30:80, 20:60] = masks[1, 40:110, 90:150] = True
+    target = dict(boxes=boxes, labels=torch.tensor([0, 3]), masks=masks)
     with torch.no_grad():
         x, sizes = pad_batch([image], 32)
-        tokens, ids, _ = model.encoder(x, sizes, 0.5)
-        print(f"image {tuple(x.shape)} -> {ids.shape[1]} of {8 * 10} tokens {tuple(tokens.shape)}")
-        for level, p in enumerate(model.pyramid(x, sizes, 1.0)):
-            print(f"p{level + 2} {tuple(p.shape)}")
-        detections = model([image])[0]
-    print("detections:", {key: tuple(value.shape) for key, value in detections.items()})
+        tokens, ids, stem = model.encoder(x, sizes, 0.5)
+        maps = model.pyramid(x, sizes, 0.5)
+        (logits, deltas), anchors = model.rpn(maps), make_anchors(maps, model.config.anchor_scale)
+        rois = select_proposals(logits, deltas, anchors, sizes, 50, 50)
+        rows = [
+            ("image", x, ""),
+            *((f"stem /{4 * 2**i}", m, "") for i, m in enumerate(stem)),
+            ("kept", ids, "of 80 tokens, drawn at random for this step"),
+            ("encoder", tokens, "sees nothing else"),
+            ("decoder", model.decoder(tokens, ids, stem[-1]), "all 80: encoded, or from the stem"),
+            *((f"p{i + 2}", p, f"{len(anchors[i])} anchors") for i, p in enumerate(maps)),
+            ("proposals", rois[0], "what the RPN takes for objects"),
+            ("crops", pool_rois(maps, rois, 7, model.config.anchor_scale), "for classes and boxes"),
+        ]
+        losses = model([image], [target])
+    print(f"MIMDet nano: {sum(p.numel() for p in model.parameters()):,} parameters, not trained")
+    for name, x, words in rows:
+        print(f"{name:10}{str(tuple(x.shape)):18}{words}")
+    kept = torch.zeros(80, dtype=torch.bool).scatter(0, ids[0], True).view(8, 10)
+    print("\n".join("".join("##" if cell else " ." for cell in row) for row in kept))
+    print("losses    " + "  ".join(f"{name[5:]} {loss:.2f}" for name, loss in losses.items()))

@@ -1086,14 +1086,18 @@ def build(config, num_classes):
 if __name__ == "__main__":
     torch.manual_seed(0)
     model, image = build("nano", num_classes=6).eval(), torch.rand(3, 128, 160)
-    print(f"PVT nano: {sum(p.numel() for p in model.parameters()):,} parameters")
+    boxes = torch.tensor([[20.0, 30, 60, 80], [90, 40, 150, 110]])
+    print(f"PVT nano: {sum(p.numel() for p in model.parameters()):,} parameters, not trained")
     with torch.no_grad():
         x, sizes = pad_batch([image], 32)
         maps = model.backbone(x)
-        for s, x in enumerate(maps, start=1):
-            keys = x.shape[2] * x.shape[3] // model.config.sr_ratios[s - 1] ** 2
-            print(f"stage {s} {tuple(x.shape)}: {x.shape[2] * x.shape[3]} queries, {keys} keys")
-        for level, x in enumerate(model.head.pyramid(maps), start=3):
-            print(f"p{level} {tuple(x.shape)}")
-        detections = model([image])[0]
-    print("detections:", {key: tuple(value.shape) for key, value in detections.items()})
+        levels = model.head.pyramid(maps)
+        losses = model([image], [dict(boxes=boxes, labels=torch.tensor([0, 3]))])
+    print(f"image     {tuple(x.shape)}")
+    for s, (x, ratio) in enumerate(zip(maps, model.config.sr_ratios, strict=True), start=1):
+        queries, keys = x[0, 0].numel(), x[0, 0].numel() // ratio**2
+        cost = f"{queries} queries x {keys} keys, {queries // keys} times fewer than all to all"
+        print(f"stage {s}   {str(tuple(x.shape)):18}{cost}")
+    for level, (x, a) in enumerate(zip(levels, retina_anchors(levels, 4.0), strict=True), start=3):
+        print(f"p{level}        {str(tuple(x.shape)):18}{len(a)} anchors")
+    print("losses    " + "  ".join(f"{name[5:]} {loss:.2f}" for name, loss in losses.items()))

@@ -839,13 +839,28 @@ def build(config, num_classes):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    model, image = build("nano", num_classes=6).eval(), torch.rand(3, 128, 128)
-    print(f"SimMIM nano: {sum(p.numel() for p in model.parameters()):,} parameters")
+    model, image = build("nano", num_classes=6).eval(), torch.full((3, 128, 128), 0.2)
+    y, x = torch.meshgrid(torch.arange(128), torch.arange(128), indexing="ij")
+    image[0, (y - 64) ** 2 + (x - 64) ** 2 < 40**2] = 0.9  # a red disc
+    print(f"SimMIM nano: {sum(p.numel() for p in model.parameters()):,} parameters, not trained")
     with torch.no_grad():
-        mask = model.draw_masks([image], fixed=True)
+        mask = model.draw_masks([image], fixed=True)  # (1, 16, 16)
         tokens = model.encoder(image[None], mask)
-        print(f"image {tuple(image.shape)}, {int(mask.sum())} of {mask.numel()} patches hidden")
-        print(f"-> encoder {tuple(tokens.shape)} -> head {tuple(model.decoder(tokens).shape)}")
-        print(f"hidden pixels lie {avg_dist(mask[0], model.config.patch):.1f} px from visible ones")
         answer = model([image])[0]
-    print("answer:", {key: tuple(value.shape) for key, value in answer.items()})
+        rows = [
+            ("image", image[None], ""),
+            ("encoder", tokens, "a vector for every patch, also where a mask token stood in"),
+            ("head", model.decoder(tokens), "one linear layer"),
+        ]
+    print("\n".join("".join("##" if cell else " ." for cell in row) for row in mask[0]))
+    print(f"mask      {int(mask.sum())} of {mask.numel()} patches hidden")
+    for name, x, words in rows:
+        print(f"{name:10}{str(tuple(x.shape)):18}{words}")
+    print(
+        f"L1        {answer['l1']:.2f} where hidden; {answer['baseline']:.2f} for the mean colour"
+    )
+    for kind, side in (("random", 8), ("random", 32), ("block", 8), ("square", 8)):
+        drawn = draw_mask(kind, (128 // side,) * 2, 0.6, torch.Generator().manual_seed(0), side)
+        print(
+            f"AvgDist   {avg_dist(drawn, side):4.1f} px from hidden to visible: {kind}, {side} px"
+        )

@@ -640,14 +640,27 @@ def build(config, num_classes):
 if __name__ == "__main__":
     torch.manual_seed(0)
     model, image = build("nano", num_classes=6).eval(), torch.rand(3, 128, 160)
-    print(f"YOLOS nano: {sum(p.numel() for p in model.parameters()):,} parameters")
+    target = dict(
+        boxes=torch.tensor([[20.0, 30, 60, 80], [90, 40, 150, 110]]), labels=torch.tensor([0, 3])
+    )
     with torch.no_grad():
         x, sizes = pad_batch([image], 16)
         grids = token_grids(sizes)
-        tokens, _ = model.backbone(x, grids)
-        print(f"image {tuple(x.shape)} -> patches {grids[0]} -> [DET] tokens {tuple(tokens.shape)}")
-        logits, boxes = model.detect(x, grids)
-        print(f"logits {tuple(logits.shape)}, boxes {tuple(boxes.shape)}")
-        print("attention of each token and head:", tuple(model.attention(image).shape))
-        detections = model([image])[0]
-    print("detections:", {key: tuple(value.shape) for key, value in detections.items()})
+        tokens, patches = model.backbone(x, grids)
+        logits, boxes_norm = model.heads(tokens, model.points(x))
+        rows = [
+            ("image", x, ""),
+            ("patches", patches, "squares of 16 pixels, to be read row by row"),
+            ("[DET]", tokens, "all look at all, patches and tokens; then only these are read"),
+            ("logits", logits, 'of 6 classes and "no object"'),
+            ("boxes", boxes_norm, "centre, width and height as shares of the image"),
+            ("attention", model.attention(image), "token, head: where they look in the last block"),
+        ]
+        wanted = [target | dict(boxes_norm=normalise_boxes(target["boxes"], sizes[0]))]
+        ((query, _),) = hungarian_match(logits, boxes_norm, wanted, model.points(x))
+        losses = model([image], [target])
+    print(f"YOLOS nano: {sum(p.numel() for p in model.parameters()):,} parameters, not trained")
+    for name, x, words in rows:
+        print(f"{name:10}{str(tuple(x.shape)):18}{words}")
+    print(f"matching  2 objects go to tokens {query.tolist()}, the other 23 learn: no object")
+    print("losses    " + "  ".join(f"{name[5:]} {loss:.2f}" for name, loss in losses.items()))
