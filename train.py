@@ -8,7 +8,6 @@ torchrun --nproc-per-node=8 train.py --model mimdet ...    # several GPUs
 import argparse
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -55,11 +54,7 @@ def parse_args(argv):
     add("--accumulate", type=int, default=1, help="batches per optimiser step")
     add("--lr", type=float, help="taken literally; the recipe's, scaled to the batch, by default")
     add("--limit", type=int, help="use only the first so many images of each split")
-    add(
-        "--skip-bad-images",
-        action="store_true",
-        help="train on the next image instead, evaluate as if nothing was found; listed at the end",
-    )
+    add("--skip-bad-images", action="store_true", help="go on without them, list them at the end")
     add("--eval-on", choices=["val", "train"], default="val")
     add("--workers", type=int, help="loader processes; as many as help by default")
     add("--device", help="cuda, mps or cpu; the first there is by default")
@@ -67,23 +62,24 @@ def parse_args(argv):
     add("--compile", action="store_true", help="torch.compile the model")
     add("--seed", type=int, default=0)
     add("--init", metavar="FILE", help="start from weights: the authors' or this project's")
-    add(
-        "--resume", nargs="?", const="", metavar="FILE", help="go on from last.pt of --out, or FILE"
-    )
+    add("--resume", nargs="?", const=True, metavar="FILE", help="go on from last.pt, or FILE")
     add("--eval-only", action="store_true", help="evaluate --init or the run's best.pt")
     add("--predict", nargs="+", metavar="IMAGE", help="draw what --init or best.pt finds")
-    add(
-        "--attention", nargs="*", type=int, metavar="TOKEN", help="draw where [DET] tokens look too"
-    )
+    add("--attention", nargs="*", type=int, metavar="TOKEN", help="also where [DET] tokens look")
     add("--summary", action="store_true", help="print parameters and GFLOPs of every variant")
-    add(
-        "--benchmark",
-        nargs="?",
-        const="one",
-        choices=["one", "all"],
-        help="print speed, memory and share of the machine's peak; all: of every model, at 3 sizes",
-    )
+    about = "print speed and memory; all: of every model, at three sizes"
+    add("--benchmark", nargs="?", const="one", choices=["one", "all"], help=about)
     return parser.parse_args(argv)
+
+
+def parse_value(text, old):
+    if isinstance(old, bool):
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if isinstance(old, int | float):
+        return type(old)(text)
+    if text in ("cosine", "poly") or (isinstance(old, str) and not text[0].isdigit()):
+        return text
+    return tuple(float(x) if "." in x else int(x) for x in text.split(",") if x)
 
 
 def override(settings, *tables, where="--set"):
@@ -101,31 +97,52 @@ def override(settings, *tables, where="--set"):
             raise DataError(f"{where} {setting}: {now}") from None
 
 
-def parse_value(text, old):
-    if isinstance(old, bool):
-        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-    if isinstance(old, int | float):
-        return type(old)(text)
-    if text in ("cosine", "poly") or (isinstance(old, str) and not text[0].isdigit()):
-        return text
-    return tuple(float(x) if "." in x else int(x) for x in text.split(",") if x)
+def as_settings(table):
+    """The texts that --set would need to make this table of simple values."""
+    for name, value in table.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        yield f"{name}={text}"
+
+
+def recipe_of(module, variant, config):
+    """The most special of the model's recipes for this variant and its task or head."""
+    kinds = [kind for kind in (config.get("task"), config.get("head")) if kind]
+    names = [f"{variant}-{kind}" for kind in kinds] + [variant, *kinds, "paper"]
+    return dict(next(module.RECIPES[name] for name in names if name in module.RECIPES))
+
+
+def settings(args, path, saved):
+    """Config as a dict, and args.recipe: of the saved run or of --variant; changed by --set."""
+    module = MODELS[args.model]
+    args.variant, args.seed = saved.get("variant", args.variant), saved.get("seed", args.seed)
+    if args.variant not in module.CONFIGS:
+        raise DataError(f"--variant {args.variant}: {args.model} has {', '.join(module.CONFIGS)}")
+    config = dataclasses.asdict(module.CONFIGS[args.variant])
+    # As if given by --set: a file has no more rights than a command line.
+    override(as_settings(saved.get("config", {})), config, where=f"{path}:")
+    override([s for s in args.set if s.partition("=")[0] in config], config)
+    args.recipe = recipe_of(module, args.variant, config)
+    override(as_settings(saved.get("recipe", {})), args.recipe, where=f"{path}:")
+    override(args.set, config, args.recipe)
+    if "img_size" in config:
+        args.recipe["sizes"] = (config["img_size"],)
+    return config
 
 
 def choose_out(args):
     """--out, or runs/MODEL-VARIANT[-N]: the newest one to read from, a free one to write into."""
-    trains = args.resume is None and not (args.eval_only or args.predict or args.benchmark)
-    if args.out or args.resume:
+    trains = not (args.resume or args.eval_only or args.predict or args.benchmark)
+    if args.out or isinstance(args.resume, str):
         out = Path(args.out or Path(args.resume).parent)
         if trains and (out / "last.pt").exists():
             raise DataError(f"{out} holds a run; give --resume to go on with it, or another --out")
         return out
-
-    def folder(number):
-        return Path(f"runs/{args.model}-{args.variant}" + (f"-{number}" if number > 1 else ""))
-
-    free = next(n for n in itertools.count(1) if not (folder(n) / "last.pt").exists())
-    reads = args.resume is not None or (args.eval_only or args.predict) and not args.init
-    return folder(max(1, free - 1) if reads else free)
+    reads = args.resume or (args.eval_only or args.predict) and not args.init
+    newest = free = Path(f"runs/{args.model}-{args.variant}")
+    for number in itertools.count(2):
+        if not (free / "last.pt").exists():
+            return newest if reads else free
+        newest, free = free, Path(f"runs/{args.model}-{args.variant}-{number}")
 
 
 def choose_device(name, local_rank):
@@ -145,18 +162,18 @@ def choose_device(name, local_rank):
 def bf16_pays(device):
     """bfloat16 is faster on GPUs that compute in it, and on some CPUs."""
     if device.type == "cpu":
-        return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+        return torch.cpu.get_capabilities().get("avx512_bf16", False)
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def settle(args):
     """Fill in what depends on the machine: processes, device, precision, loader workers."""
-    args.rank, args.world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    args.rank = int(os.environ.get("RANK", 0))
+    args.world = int(os.environ.get("WORLD_SIZE", 1))
     args.device = choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
-    answers = args.eval_only or args.predict  # in full precision
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not answers
-    pays = bf16_pays(args.device) and not answers
-    args.amp = args.amp or ("bf16" if pays else "off")
+    trains = not (args.eval_only or args.predict)  # what only answers does so in full precision
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = trains
+    args.amp = args.amp or ("bf16" if trains and bf16_pays(args.device) else "off")
     if args.workers is None:
         share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.workers = min(8, share) if args.device.type == "cuda" else 0
@@ -174,7 +191,8 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             data = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        advice = "train first or give weights with --init FILE"
+        raise DataError(f"{path}: no such file; {advice}") from None
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         why = f"not a checkpoint of plain tensors, or damaged ({reason})"
@@ -194,45 +212,40 @@ def reading(path):
         raise DataError(f"{path}: damaged, or not made for this model ({reason})") from None
 
 
-RUN = dict(variant=str, seed=int, classes=list, config=dict, recipe=dict, model=dict)
-RUN |= dict(optimizer=dict, step=int, best=float, images_seen=int, seconds=float)
+RUN = dict(variant=str, seed=int, classes=list, config=dict, recipe=dict, plan=dict, model=dict)
+RUN |= dict(optimizer=dict, step=int, best=float, seconds=float)
 PLAN = dict(about=str, schedule=int, batch_size=int, lr=float)
+CLASS = dict(id=int | str, name=str)
 
 
 def check_run(path, data):
     """Refuse a file that says it is a run of ours if its parts are not what save_run writes."""
-    plan = data.setdefault("plan", {})  # older files have none
     with reading(path):
-        parts = [(data, RUN), (plan, PLAN)] if plan else [(data, RUN)]
-        parts += [(row, dict(id=int | str, name=str)) for row in data["classes"]]
-        for part, kinds in parts:
+        rows = [(row, CLASS) for row in data["classes"]]
+        for part, kinds in [(data, RUN), (data["plan"], PLAN), *rows]:
             for key, kind in kinds.items():
                 if not isinstance(part[key], kind):
                     raise TypeError(f"{key} is a {type(part[key]).__name__}")
 
 
 def starting_point(args):
-    """Checkpoint to start from, its content, and whether it is a run of this model to go on with.
-
-    None and an empty dict if the model starts from random weights.
-    """
+    """File to start from or None, its content, and the same if its run goes on; {} for nothing."""
     path, best = args.init, args.out / "best.pt"
-    if args.resume is not None:
-        path = args.resume = args.resume or args.out / "last.pt"
+    if args.resume:
+        path = args.resume = args.out / "last.pt" if args.resume is True else args.resume
     elif not path and (args.eval_only or args.predict):
         path = best if best.exists() else args.out / "last.pt"
-        if not path.exists():
-            raise DataError(f"{path}: no such file; train first or give weights with --init FILE")
     data = read_checkpoint(path) if path else {}
     own = data.get("name") == args.model
     if own:
         check_run(path, data)
-    if args.resume is not None and not own:
+    elif args.resume:
         raise DataError(f"{path}: not a run of {args.model}; start from it with --init")
-    return path, data, own and (args.resume is not None or args.eval_only or bool(args.predict))
+    continues = own and (args.resume or args.eval_only or args.predict)
+    return path, data, data if continues else {}
 
 
-def load_weights(net, module, args, path, data, exact):
+def load_weights(net, args, path, data, exact):
     """Fill net from a checkpoint, ours or the authors', and say what became of every tensor."""
     parts = (data.get(key) for key in ("model", "state_dict"))  # where the authors keep weights
     source = next((part for part in parts if isinstance(part, dict)), data)
@@ -241,7 +254,7 @@ def load_weights(net, module, args, path, data, exact):
     for field in ("task", "window", "img_size"):  # SimMIM's tables change with them
         own = own and data["config"].get(field) == now.get(field)
     with reading(path):
-        state = source if own else module.from_official(source, net.config)
+        state = source if own else MODELS[args.model].from_official(source, net.config)
     wanted = net.state_dict()
     built = [k for k in wanted if k.endswith(("num_batches_tracked", "relative_position_index"))]
     fits = {k: v for k, v in state.items() if k in wanted and v.shape == wanted[k].shape}
@@ -260,8 +273,9 @@ def load_weights(net, module, args, path, data, exact):
             some = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
             say(args, f"  {what}: {len(names)}: {some}")
     if sum(v.numel() for v in fits.values()) < 0.1 * sum(v.numel() for v in wanted.values()):
-        name = f"{args.model} {args.variant}"
-        raise DataError(f"{path}: almost nothing fits {name}; is --variant right?")
+        raise DataError(
+            f"{path}: almost nothing fits {args.model} {args.variant}; is --variant right?"
+        )
     if exact and len({*fits, *built}) < len(wanted):
         raise DataError(f"{path}: does not fit whole; are --set, --variant and --data the same?")
     with reading(path):
@@ -270,14 +284,13 @@ def load_weights(net, module, args, path, data, exact):
 
 def load_optimizer(optimizer, path, state):
     """Go on with AdamW's averages; rates and decay stay the recipe's, which --set can change."""
-    params = itertools.chain(*(group["params"] for group in optimizer.param_groups))
-    shapes = {i: dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape) for i, p in enumerate(params)}
+    groups = optimizer.state_dict()["param_groups"]
     with reading(path):
-        for i, averages in state.items():
-            if {k: v.shape for k, v in averages.items() if v.is_floating_point()} != shapes[i]:
-                raise ValueError("the optimizer's state is of other weights")
-        groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict(dict(state=state, param_groups=groups))
+        for p, averages in optimizer.state.items():
+            shapes = [averages[name].shape for name in ("step", "exp_avg", "exp_avg_sq")]
+            if shapes != [(), p.shape, p.shape]:
+                raise ValueError("the optimizer's state is of other weights")
 
 
 def write_whole(path, write):
@@ -316,13 +329,11 @@ def make_loader(args, dataset, **kwargs):
 
 def to_device(batch, device):
     """The tensors of a batch on the device; from pinned memory while the CPU goes on."""
-
-    def move(x):
-        return x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
-
     images, targets = batch
-    targets = [{key: move(value) for key, value in target.items()} for target in targets]
-    return [move(image) for image in images], targets
+    for target in targets:
+        tensors = {k: v for k, v in target.items() if isinstance(v, torch.Tensor)}
+        target.update({k: v.to(device, non_blocking=True) for k, v in tensors.items()})
+    return [image.to(device, non_blocking=True) for image in images], targets
 
 
 def autocast(args):
@@ -339,8 +350,9 @@ def evaluate(args, net, dataset, tag):
     results, drawn, began = [], {}, time.time()
     shapes = [(image["width"], image["height"]) for image in dataset.images]
     order = sorted(range(len(dataset)), key=shapes.__getitem__)  # equal sizes share a batch
+    place = {dataset.images[i]["id"]: n for n, i in enumerate(order)}
     mine = order[args.rank :: args.world]
-    shown = {dataset.images[i]["id"] for i in sorted(mine)[:8]}
+    shown = sorted(mine)[:8]
     for batch in make_loader(args, Subset(dataset, mine), batch_size=args.batch_size):
         images, targets = to_device(batch, args.device)
         with autocast(args):
@@ -350,11 +362,10 @@ def evaluate(args, net, dataset, tag):
                 args.skipped.update(target["skipped"])
                 continue
             results += coco.to_results(dataset, target, output)
-            if target["image_id"] in shown:
-                drawn[target["image_id"]] = output
-    results = gather(args, results)
-    place = {dataset.images[i]["id"]: n for n, i in enumerate(order)}  # as of one process
-    results.sort(key=lambda result: place[result["image_id"]])
+            if (index := order[place[target["image_id"]]]) in shown:
+                drawn[index] = output
+    # In the order of one process.
+    results = sorted(gather(args, results), key=lambda result: place[result["image_id"]])
     if args.rank:
         return None
     metrics = coco.evaluate(dataset, results)
@@ -370,23 +381,21 @@ def evaluate(args, net, dataset, tag):
 
 def gather(args, items):
     """The lists of all processes as one."""
-    if args.world == 1:
-        return items
-    shards = [None] * args.world
-    dist.all_gather_object(shards, items)
+    shards = [items] * args.world
+    if args.world > 1:
+        dist.all_gather_object(shards, items)
     return sum(shards, [])
 
 
 def comparison(dataset, outputs):
-    """Picture rows: truth beside what was found, for a few images at their own size."""
+    """Picture rows of two images each, at their own size: truth beside what was found."""
     pairs = []
-    for index, info in enumerate(dataset.images):
-        if info["id"] in outputs and dataset.task == "pretrain":
-            pairs.append(reconstruction(dataset[index][0], outputs[info["id"]]))
-        elif info["id"] in outputs:
+    for index in sorted(outputs):
+        if dataset.task == "pretrain":
+            pairs.append(reconstruction(dataset[index][0], outputs[index]))
+        else:
             image, truth = coco.finish(*dataset.read(index))
-            both = (truth, outputs[info["id"]])
-            pairs.append([coco.draw(image, found, dataset.classes) for found in both])
+            pairs.append([coco.draw(image, x, dataset.classes) for x in (truth, outputs[index])])
     return [sum(pairs[i : i + 2], []) for i in range(0, len(pairs), 2)]
 
 
@@ -419,11 +428,12 @@ def lr_factor(step, steps, recipe):
     return 0.1 ** sum(step >= part * steps for part in recipe["schedule"])
 
 
-def plan(args, recipe, dataset, was):
+def plan(args, dataset, was):
     """Set args.steps (where to stop), schedule (its length in steps), total_batch, lr and plan.
 
     was: the plan of the run that --resume goes on with, which has to be the same, or {}.
     """
+    recipe = args.recipe
     args.total_batch = total = args.batch_size * args.accumulate * args.world
     args.per_epoch = coco.steps_per_epoch(dataset, total)
     args.schedule = was.get("schedule", args.steps)
@@ -433,7 +443,7 @@ def plan(args, recipe, dataset, was):
     if isinstance(recipe["schedule"], str) and recipe["schedule"] not in ("cosine", "poly"):
         known = "cosine, poly, or parts like 0.75,0.9"
         raise DataError(f"--set schedule={recipe['schedule']}: give {known}")
-    names = ", ".join(str(c["name"]) for c in dataset.classes)
+    names = ", ".join(c["name"] for c in dataset.classes)
     about = f"{args.schedule} steps of {total} of {len(dataset)} images of {names:.80}"
     if was and was["about"] != about:
         told = f"{args.resume}: a run of {was['about']}; this is one of {about}; give the same "
@@ -457,11 +467,11 @@ def not_finite(step, what):
     return DataError(f"step {step}: {what}; the last checkpoint is kept. {advice}")
 
 
-def train_step(args, model, optimizer, recipe, batches, step):
+def train_step(args, model, optimizer, batches, step):
     """One update from --accumulate batches; returns the mean of their losses."""
     torch.manual_seed(coco.random_seed(args.seed, step, args.rank))  # a resumed run draws the same
     for group in optimizer.param_groups:
-        group["lr"] = args.lr * lr_factor(step, args.schedule, recipe) * group["lr_scale"]
+        group["lr"] = args.lr * lr_factor(step, args.schedule, args.recipe) * group["lr_scale"]
     model.train()
     mean = {}
     for part in range(args.accumulate):
@@ -475,161 +485,142 @@ def train_step(args, model, optimizer, recipe, batches, step):
             (sum(losses.values()) / args.accumulate).backward()
         for name, loss in losses.items():
             mean[name] = mean.get(name, 0) + loss.detach() / args.accumulate
-    update(model, optimizer, recipe["clip"], step)
-    return mean
-
-
-def update(model, optimizer, clip, step):
-    """The optimiser's step with gradients clipped to the norm `clip`; not if one is not finite."""
     named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([grad for _, grad in named])
     if not norm.isfinite():  # one number a step; only now look for the parameter
         bad = [name.removeprefix("module.") for name, g in named if not g.isfinite().all()]
         whose = ", ".join(bad[:3]) or "all parameters together"
         raise not_finite(step, f"the gradient of {whose} is not finite")
-    if clip:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
+    if args.recipe["clip"]:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), args.recipe["clip"], norm)
     optimizer.step()
     optimizer.zero_grad()
+    return mean
 
 
-def train(args, module, recipe, net, data, dataset, held_out):
-    """Train to args.steps; returns the last evaluation's metrics."""
-    plan(args, recipe, dataset, data["plan"] if args.resume is not None else {})
+def start(args, net, saved, dataset):
+    """Model to train, optimizer, batches, and the step and best score so far."""
+    plan(args, dataset, saved.get("plan", {}))
     if getattr(net, "wants_pictures", False):
         net.prepare([dataset[i, i][0] for i in range(min(256, len(dataset)))])
-    optimizer = torch.optim.AdamW(module.param_groups(net, recipe), lr=args.lr, fused=True)
-    progress = dict(step=0, best=-math.inf, images_seen=0, seconds=0.0)
-    if args.resume is not None:
-        load_optimizer(optimizer, args.resume, data["optimizer"].get("state"))
-        progress = {name: data[name] for name in progress}
-        say(args, f"resuming after step {progress['step']}")
+    groups = MODELS[args.model].param_groups(net, args.recipe)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    args.began, step, best = time.time(), 0, -math.inf
+    if saved:
+        load_optimizer(optimizer, args.resume, saved["optimizer"].get("state"))
+        args.began, step, best = args.began - saved["seconds"], saved["step"], saved["best"]
+        say(args, f"resuming after step {step}")
     model = torch.compile(net) if args.compile else net
     if args.world > 1:
-        ids = [args.device.index] if args.device.type == "cuda" else None
-        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    size, first = args.batch_size, progress["step"]
-    share = size * args.accumulate  # of this process in a step, whose images it decides
-    order = coco.batches(dataset, share, first, args.steps, args.seed, args.rank, args.world)
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    size, share = args.batch_size, args.batch_size * args.accumulate  # of this process in a step
+    order = coco.batches(dataset, share, step, args.steps, args.seed, args.rank, args.world)
     parts = (batch[i : i + size] for batch in order for i in range(0, share, size))
-    batches = iter(make_loader(args, dataset, batch_sampler=parts))
+    return model, optimizer, iter(make_loader(args, dataset, batch_sampler=parts)), step, best
+
+
+def train(args, net, saved, dataset, held_out):
+    """Train to args.steps; returns the last evaluation's metrics."""
+    model, optimizer, batches, first, best = start(args, net, saved, dataset)
     eval_every = math.ceil(args.schedule / EVALUATIONS)
-    log = Log(args, progress["step"], every=max(1, min(50, eval_every // 4)))
-    interrupted = []
+    log_every = max(1, min(50, eval_every // 4))
+    if not first and args.rank == 0:
+        (args.out / "log.jsonl").write_text("")
+    interrupted, metrics = [], None
     # The first Ctrl-C ends the run after this step, the second at once.
-    handler = lambda *_: interrupted.append(1) if not interrupted else sys.exit(130)  # noqa: E731
-    signal.signal(signal.SIGINT, handler)
-    saved = time.time()
-    began, metrics = saved - progress["seconds"], None
-    if progress["step"] >= args.steps:  # resumed after the last step
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupted else interrupted.append(1))
+    if first >= args.steps:  # resumed after the last step
         metrics = evaluate(args, net, held_out, "end")
-        keep_best(args, net, optimizer, dataset, progress, metrics, log)
-    for step in range(progress["step"], args.steps):
-        losses = train_step(args, model, optimizer, recipe, batches, step)
-        done = progress["step"] = step + 1
-        progress["images_seen"] += args.total_batch
-        progress["seconds"] = time.time() - began
-        log.step(done, losses, optimizer)
-        stops = on_any_rank(args, bool(interrupted))
+        keep_best(args, net, optimizer, first, best, metrics)
+    shown, clock, written = first, time.time(), time.time()
+    for step in range(first, args.steps):
+        losses = train_step(args, model, optimizer, batches, step)
+        done = step + 1
+        if done % log_every == 0 or done == args.steps:
+            speed = (done - shown) * args.total_batch / (time.time() - clock)
+            log_step(args, done, losses, optimizer, speed)
+            shown, clock = done, time.time()
+        stops = summed(args, torch.tensor(len(interrupted), device=args.device)) > 0
         evaluates = (done % eval_every == 0 or done == args.steps) and not stops
-        if evaluates or stops or time.time() - saved > SAVE_SECONDS:
-            save_run(args, "last.pt", net, optimizer, dataset, progress)
-            saved = time.time()
+        if evaluates or stops or time.time() - written > SAVE_SECONDS:
+            save_run(args, net, optimizer, done, best)
+            written = time.time()
         if stops:
-            list_skipped(args)  # waits for all: whoever leaves first ends those who write
-            say(args, f"interrupted after step {done}; the same command goes on with")
-            say(args, f"--resume {args.out / 'last.pt'}")
-            if args.world > 1:
-                dist.destroy_process_group()  # its threads may abort a process that just leaves
-            sys.exit(130)
+            leave(args, done)
         if evaluates:
             metrics = evaluate(args, net, held_out, f"epoch-{done / args.per_epoch:06.2f}")
-            progress["seconds"] = time.time() - began
-            keep_best(args, net, optimizer, dataset, progress, metrics, log)
-            save_run(args, "last.pt", net, optimizer, dataset, progress)
-            saved = log.clock = time.time()
-            log.shown = done
+            best = keep_best(args, net, optimizer, done, best, metrics)
+            save_run(args, net, optimizer, done, best)
+            shown, clock = done, time.time()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return metrics
+
+
+def leave(args, step):
+    list_skipped(args)  # waits for all: whoever leaves first ends those who write
+    last = args.out / "last.pt"
+    say(args, f"interrupted after step {step}; the same command goes on with --resume {last}")
+    if args.world > 1:
+        dist.destroy_process_group()  # its threads may abort a process that just leaves
+    sys.exit(130)
 
 
 def list_skipped(args):
     """What was wrong with the images that --skip-bad-images left out."""
     if skipped := sorted({*gather(args, [*args.skipped])}):
-        say(args, f"{len(skipped)} bad images skipped (in AP their objects count as missed):")
-        say(args, "\n".join(f"  {line}" for line in skipped))
+        about = f"{len(skipped)} bad images skipped (in AP their objects count as missed):"
+        say(args, "\n  ".join([about, *skipped]))
 
 
-def on_any_rank(args, flag):
-    """True on every process if it is on one, so that all of them stop after the same step."""
-    if args.world > 1:
-        flag = torch.tensor(float(flag), device=args.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+def keep_best(args, net, optimizer, step, best, metrics):
+    """Log an evaluation; write result.json, and best.pt if the first metric beats the best."""
+    if args.rank:
+        return best
+    log_line(args, step=step, **metrics)
+    run = dict(seed=args.seed, config=dataclasses.asdict(net.config), command=" ".join(sys.argv))
+    run |= dict(images_seen=step * args.total_batch, steps=step, seconds=time.time() - args.began)
+    write_json(args.out / "result.json", metrics | run)
+    score = next(iter(metrics.values()))
+    if score > best:
+        save_run(args, net, optimizer, step, score, "best.pt")
+    return max(score, best)
 
 
-def keep_best(args, net, optimizer, dataset, progress, metrics, log):
-    """After an evaluation: log and result.json; best.pt if the first metric is higher than ever."""
+def save_run(args, net, optimizer, step, best, name="last.pt"):
+    """Everything needed to go on, to predict, or to start another model from."""
     if args.rank:
         return
-    log.write(step=progress["step"], **metrics)
-    run = dict(seed=args.seed, config=dataclasses.asdict(net.config), command=" ".join(sys.argv))
-    run |= dict(images_seen=progress["images_seen"], steps=progress["step"])
-    write_json(args.out / "result.json", metrics | run | dict(seconds=progress["seconds"]))
-    score = next(iter(metrics.values()))
-    if score > progress["best"]:
-        progress["best"] = score
-        save_run(args, "best.pt", net, optimizer, dataset, progress)
+    data = dict(name=args.model, variant=args.variant, seed=args.seed, classes=args.classes)
+    data |= dict(model=net.state_dict(), optimizer=optimizer.state_dict(), step=step, best=best)
+    data |= dict(images_seen=step * args.total_batch, seconds=time.time() - args.began)
+    data |= dict(config=dataclasses.asdict(net.config), recipe=args.recipe, plan=args.plan)
+    write_whole(args.out / name, lambda file: torch.save(data, file))
 
 
-def save_run(args, name, net, optimizer, dataset, progress):
-    """Everything needed to go on, to predict, or to start another model from."""
-    if args.rank == 0:
-        about = dict(name=args.model, variant=args.variant, seed=args.seed, classes=dataset.classes)
-        states = dict(model=net.state_dict(), optimizer=optimizer.state_dict())
-        settings = dict(config=dataclasses.asdict(net.config), recipe=args.recipe, plan=args.plan)
-        data = about | states | progress | settings
-        write_whole(args.out / name, lambda file: torch.save(data, file))
+def summed(args, tensor):
+    """The sum over all processes."""
+    if args.world > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
-class Log:
-    """Progress on the screen, and every line of it as json in log.jsonl."""
+def log_step(args, step, losses, optimizer, speed):
+    """A line of progress on the screen and in log.jsonl; losses are means over the processes."""
+    values = summed(args, torch.stack(list(losses.values()))) / args.world
+    if args.rank:
+        return
+    values = {name: round(value, 6) for name, value in zip(losses, values.tolist(), strict=True)}
+    epoch, lr = step / args.per_epoch, max(group["lr"] for group in optimizer.param_groups)
+    left = (args.steps - step) * (time.time() - args.began) / step
+    parts = "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in values.items())
+    about = f"step {step}/{args.steps}  epoch {epoch:.2f}  loss {sum(values.values()):.3f}"
+    say(args, f"{about}  {parts}  lr {lr:.1e}  {speed:.1f} images/s  {duration(left)} left")
+    log_line(args, step=step, epoch=epoch, lr=lr, images_per_second=round(speed, 2), **values)
 
-    def __init__(self, args, start, every):
-        self.args, self.every = args, every
-        self.start = self.shown = start
-        self.began = self.clock = time.time()
-        if args.rank == 0:
-            args.out.mkdir(parents=True, exist_ok=True)
-            self.file = (args.out / "log.jsonl").open("a" if start else "w")
 
-    def step(self, done, losses, optimizer):
-        args = self.args
-        if done % self.every and done != args.steps:
-            return
-        values = torch.stack(list(losses.values()))
-        if args.world > 1:
-            dist.all_reduce(values)
-        if args.rank:
-            return
-        values = (values / args.world).tolist()
-        values = {name: round(value, 6) for name, value in zip(losses, values, strict=True)}
-        now, epoch = time.time(), done / args.per_epoch
-        speed = (done - self.shown) * args.total_batch / (now - self.clock)
-        left = (args.steps - done) * (now - self.began) / (done - self.start)
-        lr = max(group["lr"] for group in optimizer.param_groups)
-        parts = "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in values.items())
-        print(
-            f"step {done}/{args.steps}  epoch {epoch:.2f}  loss {sum(values.values()):.3f}  "
-            f"{parts}  lr {lr:.1e}  {speed:.1f} images/s  {duration(left)} left",
-            flush=True,
-        )
-        self.write(step=done, epoch=epoch, lr=lr, images_per_second=round(speed, 2), **values)
-        self.shown, self.clock = done, now
-
-    def write(self, **line):
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+def log_line(args, **line):
+    with (args.out / "log.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def say(args, text):
@@ -641,42 +632,39 @@ def say(args, text):
 
 
 @torch.inference_mode()
-def predict(args, net, recipe, classes):
-    """Draw detections on pictures and save each into args.out."""
+def predict(args, net):
+    """Draw what is found on pictures and save each into args.out."""
     if args.rank:
         return
     net.eval()
-    args.out.mkdir(parents=True, exist_ok=True)
-    transform = coco.Transform(recipe, False, task_of(net.config))
-    if args.attention is not None:
-        count = getattr(net.config, "det_tokens", 0)  # of another model: 0
-        if not count or not all(0 <= token < count for token in args.attention):
-            raise DataError(f"--attention: {args.model} has {count} [DET] tokens, from 0 on")
+    count = getattr(net.config, "det_tokens", 0)  # of another model: 0
+    if args.attention is not None and not (count and all(0 <= t < count for t in args.attention)):
+        raise DataError(f"--attention: {args.model} has {count} [DET] tokens, from 0 on")
+    transform = coco.Transform(args.recipe, False, getattr(net.config, "task", "detect"))
     for number, path in enumerate(args.predict, start=1):
         pixels = coco.read_image(path)
         image, _ = coco.finish(*transform(pixels, {}))
+        image, pixels = image.to(args.device), pixels / 255
         with autocast(args):
-            (found,) = net([image.to(args.device)], sizes=[tuple(pixels.shape[-2:])])
+            (found,) = net([image], sizes=[tuple(pixels.shape[-2:])])
+        if "reconstruction" in found:
+            drawn = reconstruction(image, found)
+        else:
+            drawn = [coco.draw(pixels, found, args.classes)]
         file = args.out / f"predict-{number}-{Path(path).stem}.png"
-        pretrains = "reconstruction" in found
-        drawn = (
-            reconstruction(image, found) if pretrains else [coco.draw(pixels / 255, found, classes)]
-        )
         coco.save_pictures(file, [drawn])
-        print(f"{path}: {coco.describe(found, classes)} -> {file}")
+        print(f"{path}: {coco.describe(found, args.classes)} -> {file}")
         if args.attention is not None:
-            maps = net.attention(image.to(args.device))  # (Q, h, H/16, W/16)
+            maps, order = net.attention(image), found["tokens"].tolist()  # (Q, h, H/16, W/16)
             sure = int((found["scores"] >= 0.5).sum())
-            tokens = args.attention or found["tokens"][: min(4, max(1, sure))].tolist()
-            order = found["tokens"].tolist()
-            boxes = [found["boxes"][order.index(token)] for token in tokens]
-            rows = zip(boxes, maps[tokens], strict=True)
+            tokens = args.attention or order[: min(4, max(1, sure))]
+            lit = [(found["boxes"][order.index(token)], maps[token]) for token in tokens]
             file = file.with_stem(file.stem + "-attention")
-            coco.save_pictures(file, [coco.draw_attention(pixels / 255, *row) for row in rows])
+            coco.save_pictures(file, [coco.draw_attention(pixels, *pair) for pair in lit])
             print(f"  [DET] tokens {', '.join(map(str, tokens))}: box and one map a head -> {file}")
 
 
-def show_tokens(args, module, dataset):
+def show_tokens(args, dataset):
     """What each [DET] token finds over a data set: a picture, and what the token tells of a box."""
     results = json.loads((args.out / "detections.json").read_text())
     results = [result for result in results if result["score"] >= 0.5]
@@ -685,10 +673,8 @@ def show_tokens(args, module, dataset):
     coco.draw_tokens(args.out / "tokens.png", dataset, results)
     tokens = torch.tensor([r["token"] for r in results])
     labels = torch.tensor([dataset.label_of[r["category_id"]] for r in results])
-    told = module.specialisation(tokens, coco.relative_boxes(dataset, results), labels)
-    parts = [
-        f"{what} {share:.2f} (by chance {chance:.2f})" for what, (share, chance) in told.items()
-    ]
+    told = MODELS[args.model].specialisation(tokens, coco.relative_boxes(dataset, results), labels)
+    parts = (f"{what} {share:.2f} (by chance {luck:.2f})" for what, (share, luck) in told.items())
     print(f"of a box's place, size and category its [DET] token tells: {', '.join(parts)}")
 
 
@@ -719,21 +705,17 @@ SIZES = (128, 192, 256)  # pixels of the short side, for --benchmark all
 def benchmark(args):
     """Speed, memory and share of the machine's peak, of one model or of all at three sizes.
 
-    A table, and the same as a line of json. The peak is that of a matrix product timed here. On
-    real images, because matching, suppression and pasting take as long as there is to find.
+    A table, and the same as a line of json. The peak is that of a matrix product, the best of 8.
+    On real images, because matching, suppression and pasting take as long as there is to find.
     """
-    peak, jobs = peak_flops(args), []
-    every = itertools.product(MODELS, SIZES)
-    for name, size in every if args.benchmark == "all" else [(args.model, None)]:
-        one = argparse.Namespace(**vars(args) | dict(model=name, set=[*args.set]))
-        if size and hasattr(MODELS[name].Config, "img_size"):
-            one.set += [f"img_size={size}"]
-        elif size:
-            one.set += [f"sizes={size}", f"max_size={5 * size // 3}"]
-        jobs.append(one)
+    size = 2048 if args.device.type == "cpu" else 8192
+    dtype = torch.bfloat16 if args.amp == "bf16" else torch.float32
+    a = torch.randn(size, size, device=args.device, dtype=dtype)
+    peak = 2 * size**3 / min(timings(args.device, 8, torch.matmul, a, a))
+    jobs = itertools.product(MODELS, SIZES) if args.benchmark == "all" else [(args.model, None)]
     # Each in a process of its own, whose memory is not what another has left behind.
     with torch.multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        rows = sum(pool.imap(functools.partial(measure, peak=peak), jobs), [])
+        rows = sum(pool.starmap(measure, [(args, peak, *job) for job in jobs], chunksize=1), [])
     threads = f"{torch.get_num_threads()} threads, " if args.device.type == "cpu" else ""
     print(f"\n{args.device}, {threads}amp {args.amp}; matrix product {peak / 1e9:,.0f} GFLOP/s")
     print("model    variant    images         work           ms  images/s    GFLOP  of peak    GiB")
@@ -742,25 +724,26 @@ def benchmark(args):
         row = f"{r['model']:8} {r['variant']:10} {images:14} {r['work']:8} {r['ms']:8.1f}"
         row += f" {r['images_per_second']:9.1f} "
         if r["work"] == "load":
-            row += f" one process; {r['waits']:.1%} of training is waiting for images"
+            print(f"{row} one process; {r['waits']:.1%} of training is waiting for images")
         else:
-            row += f"{r['gflop']:8,.1f} {r['of_peak']:8.1%} {r['gib']:6.2f}"
-        print(row)
-    print(
-        json.dumps(dict(device=str(args.device), amp=args.amp, peak_gflops=peak / 1e9, rows=rows))
-    )
+            print(f"{row}{r['gflop']:8,.1f} {r['of_peak']:8.1%} {r['gib']:6.2f}")
+    about = dict(device=str(args.device), amp=args.amp, peak_gflops=peak / 1e9)
+    print(json.dumps(about | dict(rows=rows)))
 
 
-def measure(args, peak):
+def measure(args, peak, name, size):
     """Rows of the table: answering and training on one batch, and loading such batches."""
+    args.model, repeats = name, args.steps or 5
+    args.steps, args.epochs, args.accumulate = repeats + 2, None, 1
+    if size and hasattr(MODELS[name].Config, "img_size"):
+        args.set += [f"img_size={size}"]
+    elif size:
+        args.set += [f"sizes={size}", f"max_size={5 * size // 3}"]
     settle(args)
-    module, recipe, net, _, dataset, *_ = prepare(args)
-    repeats, args.accumulate, args.schedule = args.steps or 5, 1, 100
-    args.lr = args.lr or recipe["lr"]
-    batches = iter(coco.batches(dataset, args.batch_size, 0, repeats + 2, args.seed))
-    load = lambda _=None: coco.collate([dataset[item] for item in next(batches)])  # noqa: E731
-    images, targets = to_device(load(), args.device)
-    optimizer = torch.optim.AdamW(module.param_groups(net, recipe), lr=args.lr, fused=True)
+    workers, args.workers = args.workers, 0
+    net, _, dataset, _ = prepare(args)
+    model, optimizer, batches, *_ = start(args, net, {}, dataset)
+    images, targets = to_device(next(batches), args.device)
 
     def forward(model):
         model.eval()
@@ -768,47 +751,35 @@ def measure(args, peak):
             model(images)
 
     def step(model):
-        train_step(args, model, optimizer, recipe, itertools.repeat((images, targets)), 0)
+        train_step(args, model, optimizer, itertools.repeat((images, targets)), 0)
 
-    def seconds(work, model):
-        times = []
-        for _ in range(repeats + 1):
-            began = time.perf_counter()
-            work(model)
-            getattr(torch, args.device.type).synchronize()
-            times.append(time.perf_counter() - began)
-        return statistics.median(times[1:])  # the first warms up
-
-    model, rows = torch.compile(net) if args.compile else net, []
+    rows = []
     for work in (forward, step):
         # In plain formulas, because the counter does not know every fused kernel.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             work(net)
         flops = counter.get_total_flops()
         reset_peak_memory(args.device)
-        t = seconds(work, model)
-        costs = dict(gflop=flops / 1e9, of_peak=flops / t / peak, gib=peak_memory(args.device))
-        rows.append(dict(work=work.__name__, ms=1000 * t) | costs)
-    loading = seconds(load, None)
-    wait = max(0, loading / args.workers - t) if args.workers else loading
-    rows.append(dict(work="load", ms=1000 * loading, waits=wait / (wait + t)))
+        seconds = statistics.median(timings(args.device, repeats, work, model))
+        row = dict(work=work.__name__, ms=1000 * seconds, gib=peak_memory(args.device))
+        rows.append(row | dict(gflop=flops / 1e9, of_peak=flops / seconds / peak))
+    loading = statistics.median(timings(args.device, repeats, next, batches))
+    wait = max(0, loading / workers - seconds) if workers else loading
+    rows.append(dict(work="load", ms=1000 * loading, waits=wait / (wait + seconds)))
     height, width = images[0].shape[1:]
-    about = dict(model=args.model, variant=args.variant, batch=len(images))
-    about |= dict(height=height, width=width)
+    about = dict(model=name, variant=args.variant, batch=len(images), height=height, width=width)
     return [about | row | dict(images_per_second=1000 * len(images) / row["ms"]) for row in rows]
 
 
-def peak_flops(args):
-    """Operations a second in the product of two large square matrices, the best of 8."""
-    size = 2048 if args.device.type == "cpu" else 8192
-    dtype = torch.bfloat16 if args.amp == "bf16" else torch.float32
-    a, times = torch.randn(size, size, device=args.device, dtype=dtype), []
-    for _ in range(8):
+def timings(device, repeats, work, *inputs):
+    """Seconds of each repeat of work(*inputs), after a first one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
         began = time.perf_counter()
-        a @ a
-        getattr(torch, args.device.type).synchronize()
+        work(*inputs)
+        getattr(torch, device.type).synchronize()
         times.append(time.perf_counter() - began)
-    return 2 * size**3 / min(times)
+    return times[1:]
 
 
 def reset_peak_memory(device):
@@ -834,99 +805,62 @@ def peak_memory(device):
 
 
 def run(args):
+    if args.summary:
+        return summary()
+    settle(args)
     if args.attention is not None and not args.predict:
         raise DataError("--attention goes with --predict IMAGE")
     if args.benchmark and args.world > 1:
         raise DataError("--benchmark measures one process: start it without torchrun")
     if args.benchmark:
         return benchmark(args)
-    module, recipe, net, data, dataset, held_out, classes = prepare(args)
-    if args.predict:
-        return predict(args, net, recipe, classes)
-    if not args.eval_only:
-        return report(args, train(args, module, recipe, net, data, dataset, held_out))
+    net, saved, dataset, held_out = prepare(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    metrics = evaluate(args, net, held_out, "eval-only")
-    if hasattr(module, "specialisation") and args.rank == 0:
-        show_tokens(args, module, held_out)
+    if args.predict:
+        return predict(args, net)
+    if args.eval_only:
+        metrics = evaluate(args, net, held_out, "eval-only")
+        if hasattr(MODELS[args.model], "specialisation") and args.rank == 0:
+            show_tokens(args, held_out)
+    else:
+        metrics = train(args, net, saved, dataset, held_out)
     report(args, metrics)
 
 
 def prepare(args):
-    """What the arguments ask for: model file, recipe, model, checkpoint, data sets and classes."""
-    module = MODELS[args.model]
+    """What the arguments ask for: model, the run to go on with or {}, and both data sets."""
     args.out, args.skipped = choose_out(args), set()
-    path, data, continues = starting_point(args)
-    config, recipe = settings(args, module, path, data if continues else None)
-    args.recipe = recipe
-    total = (continues and data["plan"] or recipe)["batch_size"]
+    path, data, saved = starting_point(args)
+    config = settings(args, path, saved)
+    total = saved.get("plan", args.recipe)["batch_size"]
     args.batch_size = args.batch_size or max(1, total // args.world // args.accumulate)
-    classes = data["classes"] if data.get("name") == args.model else None
+    args.classes = saved.get("classes") or [{"id": i, "name": f"class {i}"} for i in range(80)]
     dataset, held_out = None, None
     if args.data or not args.predict:
-        dataset, held_out = read_data(args, module, recipe, config, classes)
-        classes = held_out.classes
-    classes = classes or [{"id": i, "name": f"class {i}"} for i in range(80)]
-    net = make_net(args, module, config, len(classes))
+        dataset, held_out = read_data(args, config, saved.get("classes"))
+        args.classes = held_out.classes
+    net = make_net(args, config, len(args.classes))
     if path:
-        load_weights(net, module, args, path, data, continues or bool(args.predict))
-    return module, recipe, net, data, dataset, held_out, classes
+        load_weights(net, args, path, data, exact=bool(saved or args.predict))
+    return net, saved, dataset, held_out
 
 
-def settings(args, module, path, data):
-    """Config and recipe as dicts, of the run in `data`, else of --variant; changed by --set."""
-    if data:
-        args.variant, args.seed = data["variant"], data["seed"]
-    if args.variant not in module.CONFIGS:
-        raise DataError(f"--variant {args.variant}: {args.model} has {', '.join(module.CONFIGS)}")
-    config = dataclasses.asdict(module.CONFIGS[args.variant])
-    if data:  # as if given by --set: a file has no more rights than a command line
-        override(as_settings(data["config"]), config, where=f"{path}:")
-    override([s for s in args.set if s.partition("=")[0] in config], config)
-    recipe = recipe_of(module, args.variant, config)
-    if data:
-        override(as_settings(data["recipe"]), recipe, where=f"{path}:")
-    override(args.set, config, recipe)
-    if "img_size" in config:
-        recipe["sizes"] = (config["img_size"],)
-    return config, recipe
-
-
-def as_settings(table):
-    """The texts that --set would need to make this table of simple values."""
-    for name, value in table.items():
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        yield f"{name}={text}"
-
-
-def recipe_of(module, variant, config):
-    """The most special of the model's recipes for this variant and its task or head."""
-    kinds = [kind for kind in (config.get("task"), config.get("head")) if kind]
-    names = [f"{variant}-{kind}" for kind in kinds] + [variant, *kinds, "paper"]
-    return dict(next(module.RECIPES[name] for name in names if name in module.RECIPES))
-
-
-def task_of(config):
-    """What a model does with images: "detect", "classify", "segment" or "pretrain"."""
-    return getattr(config, "task", "detect")
-
-
-def read_data(args, module, recipe, config, classes):
+def read_data(args, config, classes):
     """Training split (None if only evaluating) and the split to evaluate on."""
     root, dataset = args.data or "data/shapes", None
     if not args.data and args.rank == 0:
         coco.make_shapes(root)
     if args.world > 1:
         dist.barrier()
-    task = task_of(module.Config(**config))
+    task = getattr(MODELS[args.model].Config(**config), "task", "detect")
     if task not in coco.DATASETS:
         raise DataError(f"--set task={task}: give pretrain or classify")
     if not args.eval_only:
-        transform = coco.Transform(recipe, True, task)
+        transform = coco.Transform(args.recipe, True, task)
         dataset = coco.DATASETS[task](root, "train", transform, args.limit)
         classes = dataset.classes
         say(args, f"train: {'; '.join(dataset.notes)}")
-    transform = coco.Transform(recipe, False, task)
+    transform = coco.Transform(args.recipe, False, task)
     held_out = coco.DATASETS[task](root, args.eval_on, transform, args.limit, classes)
     say(args, f"evaluation on {args.eval_on}: {'; '.join(held_out.notes)}")
     if config.get("masks") and not (dataset or held_out).has_masks:
@@ -938,7 +872,8 @@ def read_data(args, module, recipe, config, classes):
     return dataset, held_out
 
 
-def make_net(args, module, config, num_classes):
+def make_net(args, config, num_classes):
+    module = MODELS[args.model]
     torch.manual_seed(args.seed)
     try:
         net = module.build(module.Config(**config), num_classes)
@@ -977,11 +912,7 @@ def explain(error):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        if args.summary:
-            summary()
-        else:
-            settle(args)
-            run(args)
+        run(args)
     except Exception as error:
         if not (line := explain(error)):
             raise

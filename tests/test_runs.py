@@ -399,7 +399,7 @@ def test_a_resumed_run_keeps_its_schedule_without_being_told(finished, shapes, t
 
 
 def test_one_process_draws_the_predictions():
-    assert train.predict(argparse.Namespace(rank=1), None, None, None) is None
+    assert train.predict(argparse.Namespace(rank=1), None) is None
 
 
 def torchrun(*args, processes=2, **kwargs):
