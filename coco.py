@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
+import PIL.ImageFont
 import PIL.ImageOps
 import torch
 from pycocotools import mask as mask_api
@@ -664,7 +665,15 @@ def draw(image, found, classes):
     h, w = image.shape[1:]
     boxes = found.get("boxes", torch.tensor([[0, 0, w - 1, h - 1]]))  # of a class: the whole image
     canvas, zoom = enlarge(canvas)
-    return draw_bounding_boxes(canvas, boxes.cpu()[keep] * zoom, names, colors=colors, width=2)
+    return draw_bounding_boxes(
+        canvas,
+        boxes.cpu()[keep] * zoom,
+        names,
+        colors=colors,
+        width=2,
+        label_colors="black",
+        label_background_colors=colors,
+    )
 
 
 def describe(found, classes):
@@ -680,7 +689,9 @@ def describe(found, classes):
         names = [*(c["name"] for c in classes), "background"]
         order = [k for k in shares.argsort(descending=True).tolist() if shares[k]]
         return ", ".join(f"{names[k]} {shares[k] / shares.sum():.0%}" for k in order[:6])
-    return f"{int((found['scores'] >= 0.5).sum())} objects with a score of 0.5 or more"
+    sure = [(score, label) for score, label in zip(found["scores"], found["labels"], strict=True)]
+    sure = [f"{classes[label]['name']} {score:.2f}" for score, label in sure if score >= 0.5]
+    return f"{len(sure)} objects with a score of 0.5 or more: {', '.join(sure[:8]) or 'none'}"
 
 
 def save_pictures(path, rows):
@@ -692,6 +703,44 @@ def save_pictures(path, rows):
         cells.append(v2.functional.pad(picture, [0, 0, right, bottom], fill=255))
     grid = make_grid(cells, nrow=max(map(len, rows)), padding=0, pad_value=255)
     v2.functional.to_pil_image(grid).save(path)
+
+
+def draw_curves(path, runs):
+    """Two panels, training loss and first measure against epochs, with a line for each run.
+
+    runs: name -> the lines of its log.jsonl, as dicts.
+    """
+    losses, measures = {}, {}
+    for name, lines in runs.items():
+        steps = [line for line in lines if "lr" in line]
+        losses[name] = [
+            (x["epoch"], sum(v for k, v in x.items() if k.startswith("loss_"))) for x in steps
+        ]
+        evaluations = [line for line in lines if "lr" not in line]
+        measures[name] = [(x["epoch"], [*x.values()][2]) for x in evaluations]
+    save_pictures(path, [[draw_panel("loss", losses), draw_panel("measure", measures)]])
+
+
+def draw_panel(title, curves, width=480, height=320):
+    """Lines through the points (x, y) of each curve, from 0 to their largest: (3, H, W) uint8."""
+    panel = PIL.Image.new("RGB", (width, height), "white")
+    pen, font = PIL.ImageDraw.Draw(panel), PIL.ImageFont.load_default(14)
+    points = [(0, 0), *itertools.chain(*curves.values())]
+    right, top = (max(values) or 1 for values in zip(*points, strict=True))
+
+    def place(x, y):
+        return 50 + x / right * (width - 70), height - 30 - y / top * (height - 60)
+
+    pen.line([place(0, top), place(0, 0), place(right, 0)], "black")
+    for share in (0.25, 0.5, 0.75, 1):
+        pen.text(place(0, share * top), f"{share * top:.2g} ", "black", font, "rm")
+        pen.text(place(share * right, 0), f"\n{share * right:.3g}", "black", font, "mm")
+    pen.text((width / 2, 4), f"{title} against epochs", "black", font, "mt")
+    for i, (name, curve) in enumerate(curves.items()):
+        color = f"hsl({137 * i % 360}, 80%, 40%)"
+        pen.line([place(x, y) for x, y in curve], color, 2)
+        pen.text((width - 16, 24 + 16 * i), name, color, font, "rt")
+    return torch.from_numpy(np.array(panel)).permute(2, 0, 1)
 
 
 def draw_attention(image, box_xyxy, maps):
@@ -765,7 +814,7 @@ def make_shapes(root, num_train=4000, num_val=500, seed=0):
     if root.exists():
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
-    print(f"writing {num_train + num_val} generated images to {root}", flush=True)
+    print(f"writing {num_train + num_val} generated images to {root}, once", flush=True)
     with tempfile.TemporaryDirectory(prefix=f"{root.name}-", dir=root.parent) as folder:
         unfinished = Path(folder, root.name)
         (unfinished / "annotations").mkdir(parents=True)

@@ -8,6 +8,7 @@ torchrun --nproc-per-node=8 train.py --model mimdet ...    # several GPUs
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import itertools
 import json
 import math
@@ -39,13 +40,19 @@ SAVE_SECONDS = 600  # last.pt is written at every evaluation and at least this o
 # --- 1. Arguments ---------------------------------------------------------------------------------
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without the list of all options
+        self.exit(2, f"error: {message}; --help tells more\n")
+
+
 def parse_args(argv):
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
-    add("--model", choices=MODELS, default="mimdet")
+    add("--model", choices=MODELS, default="mimdet", help="mimdet by default")
     add("--variant", default="nano", help="a name in the model's CONFIGS")
-    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE")
+    about = "any field of the model's Config or recipe: the first screen of its file"
+    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=about)
     add("--data", help="folder in COCO format; generated shapes by default")
     add("--out", help="folder of this run; runs/MODEL-VARIANT by default")
     add("--epochs", type=float, help="length of the schedule; the recipe's by default")
@@ -55,21 +62,27 @@ def parse_args(argv):
     add("--lr", type=float, help="taken literally; the recipe's, scaled to the batch, by default")
     add("--limit", type=int, help="use only the first so many images of each split")
     add("--skip-bad-images", action="store_true", help="go on without them, list them at the end")
-    add("--eval-on", choices=["val", "train"], default="val")
+    add("--eval-on", choices=["val", "train"], default="val", help="val by default")
     add("--workers", type=int, help="loader processes; as many as help by default")
     add("--device", help="cuda, mps or cpu; the first there is by default")
     add("--amp", choices=["off", "bf16"], help="by default bf16 in training where fast")
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of weights, order and all that is drawn; 0 by default")
     add("--init", metavar="FILE", help="start from weights: the authors' or this project's")
     add("--resume", nargs="?", const=True, metavar="FILE", help="go on from last.pt, or FILE")
     add("--eval-only", action="store_true", help="evaluate --init or the run's best.pt")
     add("--predict", nargs="+", metavar="IMAGE", help="draw what --init or best.pt finds")
     add("--attention", nargs="*", type=int, metavar="TOKEN", help="also where [DET] tokens look")
+    add("--plot", nargs="+", metavar="RUN", help="draw loss and measure of runs' folders")
     add("--summary", action="store_true", help="print parameters and GFLOPs of every variant")
     about = "print speed and memory; all: of every model, at three sizes"
     add("--benchmark", nargs="?", const="one", choices=["one", "all"], help=about)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("epochs", "steps", "batch_size", "accumulate", "lr", "limit", "workers"):
+        value = getattr(args, name)
+        if value is not None and (value < 0 or value == 0 and name != "workers"):
+            parser.error(f"--{name.replace('_', '-')} {value}: give more than 0")
+    return args
 
 
 def parse_value(text, old):
@@ -88,8 +101,10 @@ def override(settings, *tables, where="--set"):
         name, equals, text = setting.partition("=")
         table = next((t for t in tables if name in t), None)
         if not equals or table is None:
-            known = ", ".join(field for t in tables for field in t)
-            raise DataError(f"{where} {setting}: give FIELD=VALUE with a field of {known}")
+            known = [field for t in tables for field in t]
+            near = difflib.get_close_matches(name, known, n=1) if equals else []
+            advice = f"did you mean {near[0]}?" if near else f"with a field of {', '.join(known)}"
+            raise DataError(f"{where} {setting}: give FIELD=VALUE; {advice}")
         try:
             table[name] = parse_value(text, table[name])
         except (ValueError, KeyError, IndexError):
@@ -126,7 +141,17 @@ def settings(args, path, saved):
     override(args.set, config, args.recipe)
     if "img_size" in config:
         args.recipe["sizes"] = (config["img_size"],)
+    check_numbers(config | args.recipe)
     return config
+
+
+def check_numbers(table):
+    positive = ("lr", "batch_size", "epochs", "sizes", "max_size", "multiple")
+    for name, value in table.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        numbers = [n for n in numbers if isinstance(n, int | float)]
+        if any(n < 0 or n == 0 and name in positive for n in numbers):
+            raise DataError(f"--set {name}: {value} is too small")
 
 
 def choose_out(args):
@@ -153,7 +178,8 @@ def choose_device(name, local_rank):
         device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise DataError(f"--device {name}: give cuda, mps or cpu ({reason:.80})") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -194,7 +220,8 @@ def read_checkpoint(path):
         advice = "train first or give weights with --init FILE"
         raise DataError(f"{path}: no such file; {advice}") from None
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # The first sentence: torch goes on with advice that is not safe to follow.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         why = f"not a checkpoint of plain tensors, or damaged ({reason})"
         raise DataError(f"{path}: {why}") from None
     if not isinstance(data, dict):
@@ -240,7 +267,8 @@ def starting_point(args):
     if own:
         check_run(path, data)
     elif args.resume:
-        raise DataError(f"{path}: not a run of {args.model}; start from it with --init")
+        other = f"give --model {data['name']}" if "name" in data else "start from it with --init"
+        raise DataError(f"{path}: not a run of {args.model}; {other}")
     continues = own and (args.resume or args.eval_only or args.predict)
     return path, data, data if continues else {}
 
@@ -267,15 +295,16 @@ def load_weights(net, args, path, data, exact):
     }
     if any(isinstance(value, argparse.Namespace) for value in data.values()):
         say(args, f"{path}: its authors' arguments (a Namespace) were let in as plain values")
-    say(args, f"{path}: {len(fits)} of {len(wanted)} tensors loaded, {resized} of them resized")
+    told = f"{path}: {len(fits)} of {len(wanted)} tensors loaded, {resized} of them resized"
+    say(args, told + (f"; trained for {data['step']} steps" if "step" in data else ""))
     for what, names in lists.items():
         if names:
             some = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
             say(args, f"  {what}: {len(names)}: {some}")
     if sum(v.numel() for v in fits.values()) < 0.1 * sum(v.numel() for v in wanted.values()):
-        raise DataError(
-            f"{path}: almost nothing fits {args.model} {args.variant}; is --variant right?"
-        )
+        of = f"a run of {data['name']}: " if "name" in data else ""
+        name = f"{args.model} {args.variant}"
+        raise DataError(f"{path}: {of}almost nothing fits {name}; is --variant right?")
     if exact and len({*fits, *built}) < len(wanted):
         raise DataError(f"{path}: does not fit whole; are --set, --variant and --data the same?")
     with reading(path):
@@ -429,29 +458,29 @@ def lr_factor(step, steps, recipe):
 
 
 def plan(args, dataset, was):
-    """Set args.steps (where to stop), schedule (its length in steps), total_batch, lr and plan.
+    """Set args.steps (where to stop), total_steps (of the schedule), total_batch, lr and plan.
 
     was: the plan of the run that --resume goes on with, which has to be the same, or {}.
     """
     recipe = args.recipe
     args.total_batch = total = args.batch_size * args.accumulate * args.world
     args.per_epoch = coco.steps_per_epoch(dataset, total)
-    args.schedule = was.get("schedule", args.steps)
-    if args.epochs or not args.schedule:
-        args.schedule = max(1, round((args.epochs or recipe["epochs"]) * args.per_epoch))
-    args.steps = min(args.steps or args.schedule, args.schedule)
+    args.total_steps = was.get("schedule", args.steps)
+    if args.epochs or not args.total_steps:
+        args.total_steps = max(1, round((args.epochs or recipe["epochs"]) * args.per_epoch))
+    args.steps = min(args.steps or args.total_steps, args.total_steps)
     if isinstance(recipe["schedule"], str) and recipe["schedule"] not in ("cosine", "poly"):
         known = "cosine, poly, or parts like 0.75,0.9"
         raise DataError(f"--set schedule={recipe['schedule']}: give {known}")
     names = ", ".join(c["name"] for c in dataset.classes)
-    about = f"{args.schedule} steps of {total} of {len(dataset)} images of {names:.80}"
+    about = f"{args.total_steps} steps of {total} of {len(dataset)} images of {names:.80}"
     if was and was["about"] != about:
         told = f"{args.resume}: a run of {was['about']}; this is one of {about}; give the same "
         raise DataError(told + "--data, --limit, --batch-size and --epochs, or go on with --init")
     how = f"{recipe['lr']:g} x {total}/{recipe['batch_size']} images"
     how = "as given" if args.lr else "as before" if was else how
     args.lr = args.lr or was.get("lr") or recipe["lr"] * total / recipe["batch_size"]
-    args.plan = dict(about=about, schedule=args.schedule, batch_size=total, lr=args.lr)
+    args.plan = dict(about=about, schedule=args.total_steps, batch_size=total, lr=args.lr)
     length = f"{args.steps} steps of {total} images, {args.steps / args.per_epoch:.3g} epochs"
     say(args, f"{length}; lr {args.lr:.3g} ({how})")
 
@@ -471,7 +500,7 @@ def train_step(args, model, optimizer, batches, step):
     """One update from --accumulate batches; returns the mean of their losses."""
     torch.manual_seed(coco.random_seed(args.seed, step, args.rank))  # a resumed run draws the same
     for group in optimizer.param_groups:
-        group["lr"] = args.lr * lr_factor(step, args.schedule, args.recipe) * group["lr_scale"]
+        group["lr"] = args.lr * lr_factor(step, args.total_steps, args.recipe) * group["lr_scale"]
     model.train()
     mean = {}
     for part in range(args.accumulate):
@@ -522,14 +551,21 @@ def start(args, net, saved, dataset):
 def train(args, net, saved, dataset, held_out):
     """Train to args.steps; returns the last evaluation's metrics."""
     model, optimizer, batches, first, best = start(args, net, saved, dataset)
-    eval_every = math.ceil(args.schedule / EVALUATIONS)
+    eval_every = math.ceil(args.total_steps / EVALUATIONS)
     log_every = max(1, min(50, eval_every // 4))
     if not first and args.rank == 0:
         (args.out / "log.jsonl").write_text("")
     interrupted, metrics = [], None
-    # The first Ctrl-C ends the run after this step, the second at once.
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupted else interrupted.append(1))
-    if first >= args.steps:  # resumed after the last step
+
+    def interrupt(*_):
+        if interrupted:
+            sys.exit(130)
+        interrupted.append(1)
+        os.write(2, b"\nsaving after this step or evaluation; Ctrl-C again leaves at once\n")
+
+    signal.signal(signal.SIGINT, interrupt)
+    if first >= args.steps:
+        say(args, f"the schedule ended at step {first}; to train on, give --init and another --out")
         metrics = evaluate(args, net, held_out, "end")
         keep_best(args, net, optimizer, first, best, metrics)
     shown, clock, written = first, time.time(), time.time()
@@ -538,7 +574,7 @@ def train(args, net, saved, dataset, held_out):
         done = step + 1
         if done % log_every == 0 or done == args.steps:
             speed = (done - shown) * args.total_batch / (time.time() - clock)
-            log_step(args, done, losses, optimizer, speed)
+            log_step(args, done, losses, speed)
             shown, clock = done, time.time()
         stops = summed(args, torch.tensor(len(interrupted), device=args.device)) > 0
         evaluates = (done % eval_every == 0 or done == args.steps) and not stops
@@ -576,7 +612,7 @@ def keep_best(args, net, optimizer, step, best, metrics):
     """Log an evaluation; write result.json, and best.pt if the first metric beats the best."""
     if args.rank:
         return best
-    log_line(args, step=step, **metrics)
+    log_line(args, step=step, epoch=step / args.per_epoch, **metrics)
     run = dict(seed=args.seed, config=dataclasses.asdict(net.config), command=" ".join(sys.argv))
     run |= dict(images_seen=step * args.total_batch, steps=step, seconds=time.time() - args.began)
     write_json(args.out / "result.json", metrics | run)
@@ -604,13 +640,13 @@ def summed(args, tensor):
     return tensor
 
 
-def log_step(args, step, losses, optimizer, speed):
+def log_step(args, step, losses, speed):
     """A line of progress on the screen and in log.jsonl; losses are means over the processes."""
     values = summed(args, torch.stack(list(losses.values()))) / args.world
     if args.rank:
         return
     values = {name: round(value, 6) for name, value in zip(losses, values.tolist(), strict=True)}
-    epoch, lr = step / args.per_epoch, max(group["lr"] for group in optimizer.param_groups)
+    epoch, lr = step / args.per_epoch, args.lr * lr_factor(step - 1, args.total_steps, args.recipe)
     left = (args.steps - step) * (time.time() - args.began) / step
     parts = "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in values.items())
     about = f"step {step}/{args.steps}  epoch {epoch:.2f}  loss {sum(values.values()):.3f}"
@@ -639,7 +675,8 @@ def predict(args, net):
     net.eval()
     count = getattr(net.config, "det_tokens", 0)  # of another model: 0
     if args.attention is not None and not (count and all(0 <= t < count for t in args.attention)):
-        raise DataError(f"--attention: {args.model} has {count} [DET] tokens, from 0 on")
+        have = f"tokens 0 to {count - 1}" if count else "no [DET] tokens: give --model yolos"
+        raise DataError(f"--attention: {args.model} has {have}")
     transform = coco.Transform(args.recipe, False, getattr(net.config, "task", "detect"))
     for number, path in enumerate(args.predict, start=1):
         pixels = coco.read_image(path)
@@ -678,6 +715,21 @@ def show_tokens(args, dataset):
     print(f"of a box's place, size and category its [DET] token tells: {', '.join(parts)}")
 
 
+def plot(args):
+    """Draw the curves of runs, from their logs, into one picture."""
+    runs, path = {}, Path(args.out or args.plot[0]) / "curves.png"
+    for folder in map(Path, args.plot):
+        try:
+            lines = (folder / "log.jsonl").read_text().splitlines()
+            runs[folder.name] = [json.loads(line) for line in lines]
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder}: no log of a run ({error}); give folders of runs") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with reading(path.parent):
+        coco.draw_curves(path, runs)
+    print(f"{', '.join(runs)} -> {path}")
+
+
 def summary():
     """Parameters and cost of every variant of every model, without allocating any."""
     print("model    variant       parameters     trainable     input    GFLOPs")
@@ -685,7 +737,9 @@ def summary():
         for variant, config in module.CONFIGS.items():
             recipe = recipe_of(module, variant, dataclasses.asdict(config))
             size, sizes = (128, 128), recipe["sizes"]
-            if sizes:  # the largest picture of an evaluation
+            if hasattr(config, "img_size"):
+                size = (config.img_size, config.img_size)
+            elif sizes:  # the largest picture of an evaluation
                 longest = recipe["max_size"] * sizes[-1] // max(sizes)
                 size = (sizes[-1], longest // recipe["multiple"] * recipe["multiple"])
             with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -805,8 +859,8 @@ def peak_memory(device):
 
 
 def run(args):
-    if args.summary:
-        return summary()
+    if args.summary or args.plot:
+        return plot(args) if args.plot else summary()
     settle(args)
     if args.attention is not None and not args.predict:
         raise DataError("--attention goes with --predict IMAGE")
@@ -877,8 +931,8 @@ def make_net(args, config, num_classes):
     torch.manual_seed(args.seed)
     try:
         net = module.build(module.Config(**config), num_classes)
-    except ValueError as error:
-        raise DataError(f"--set: {error}") from None
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        raise DataError(f"--set: no such model: {str(error).splitlines()[0]}") from None
     if args.device.type == "cuda" and args.world > 1:
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return net.to(args.device, memory_format=torch.channels_last)
@@ -918,6 +972,9 @@ def main(argv=None):
             raise
         print(f"error: {line}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     # After an error the others are still waiting for this process, which must not wait for them.
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -530,6 +530,10 @@ def test_answers_of_every_kind_are_drawn_and_described():
     logits = dict(logits=torch.tensor([0.0, 9]))
     assert (coco.draw(image, logits, classes) != plain).any()
     assert coco.describe(logits, classes) == "dog 1.00"
+    found = dict(scores=torch.tensor([0.9, 0.5, 0.4]), labels=torch.tensor([1, 0, 1]))
+    assert coco.describe(found, classes).endswith(
+        "2 objects with a score of 0.5 or more: dog 0.90, cat 0.50"
+    )
     assert (coco.draw(image, dict(labels=torch.tensor([1])), classes) != plain).any()
 
 

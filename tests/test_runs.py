@@ -202,7 +202,7 @@ EVERYWHERE, RUNS = ("--init", "--resume", "--eval-only", "--predict"), ("--resum
 SPOILT = {
     "evil": (changed(classes=[Evil()]), EVERYWHERE, "not a checkpoint of plain tensors"),
     "a list": (lambda data: [data], EVERYWHERE, "holds a list"),
-    "other model": (changed(name="pvt"), ("--resume",), "not a run of yolos"),
+    "other model": (changed(name="pvt"), ("--resume",), "not a run of yolos; give --model pvt"),
     "no classes": (without("classes"), EVERYWHERE, "'classes'"),
     "classes": (changed(classes=[1, 2]), EVERYWHERE, "damaged"),
     "one class": (changed(classes=5), EVERYWHERE, "damaged"),
@@ -210,7 +210,7 @@ SPOILT = {
     "seed": (changed(seed="1"), EVERYWHERE, "seed is a str"),
     "step": (changed(step=1.5), EVERYWHERE, "step is a float"),
     "variant": (changed(variant="huge"), RUNS, "--variant huge: yolos has nano"),
-    "field": (changed(config={"evil": 1}), RUNS, "evil=1: give FIELD=VALUE with a field of"),
+    "field": (changed(config={"evil": 1}), RUNS, "evil=1: give FIELD=VALUE; "),
     "config": (changed(config={"depth": [1]}), RUNS, "depth is now 3, give a value like it"),
     "heads": (changed(config={"num_heads": 5}), RUNS, "cannot be shared by 5 heads"),
     "recipe": (changed(recipe={"lr": "high"}), RUNS, "lr is now 0.0008, give a value like it"),

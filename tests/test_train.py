@@ -244,7 +244,8 @@ def test_a_malicious_or_foreign_file_is_refused(finished, shapes, tmp_path, caps
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--set", "depht=3"], "--set depht=3: give FIELD=VALUE with a field of embed_dim"),
+        (["--set", "depht=3"], "--set depht=3: give FIELD=VALUE; did you mean depth?"),
+        (["--set", "wings=3"], "--set wings=3: give FIELD=VALUE; with a field of embed_dim"),
         (["--set", "depth=many"], "depth is now 4, give a value like it"),
         (["--set", "depth"], "give FIELD=VALUE"),
         (
@@ -254,6 +255,10 @@ def test_a_malicious_or_foreign_file_is_refused(finished, shapes, tmp_path, caps
         (["--set", "crop=none"], "crop is now (), give a value like it"),
         (["--set", "depth=2", "--set", "num_heads=5"], "width 192 cannot be shared by 5 heads"),
         (["--set", "fill=foam"], 'fill must be "conv" or "mask", not "foam"'),
+        (["--set", "sample_ratio=25"], "sample_ratio and eval_ratio are shares of the tokens"),
+        (["--set", "proposals=0"], "proposals, rpn_batch, roi_batch, anchor_scale and grid"),
+        (["--set", "warmup=-1"], "--set warmup: -1 is too small"),
+        (["--set", "max_size=0"], "--set max_size: 0 is too small"),
         (["--variant", "huge"], "--variant huge: mimdet has nano, base, large"),
         (["--data", "nowhere"], "nowhere: no train split"),
         (["--resume"], "last.pt: no such file"),
@@ -266,6 +271,29 @@ def test_mistakes_are_answered_in_one_line(args, message, shapes, tmp_path, caps
     assert run(*args, *data, "--out", tmp_path / "run", tiny=False) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["epochs", "steps", "batch-size", "accumulate", "lr", "limit"])
+def test_numbers_below_the_least_are_answered_in_one_line(flag, capsys):
+    for value in ("0", "-1"):
+        with pytest.raises(SystemExit) as leaves:
+            run(f"--{flag}={value}")
+        error = capsys.readouterr().err
+        assert f"--{flag} {value}" in error.replace(".0", "") and error.count("\n") == 1
+        assert leaves.value.code == 2
+
+
+def test_curves_of_runs_are_drawn(finished, tmp_path, capsys):
+    assert train.main(["--plot", str(finished), "--out", str(tmp_path / "new")]) == 0
+    picture = coco.read_image(tmp_path / "new" / "curves.png")
+    loss, measure = picture.split(picture.shape[2] // 2, dim=2)[:2]
+    for panel in (loss, measure):  # the only run is red
+        red = (panel[0] > 150) & (panel[1] < 60) & (panel[2] < 60)
+        assert red.any(dim=0).sum() > panel.shape[2] / 4  # columns
+    (tmp_path / "log.jsonl").write_text("[1]")
+    for folder in (tmp_path / "nowhere", tmp_path):
+        assert train.main(["--plot", str(folder)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 TINY_YOLOS = "embed_dim=32 depth=1 num_heads=1 det_tokens=9".split()
@@ -310,7 +338,7 @@ def test_attention_is_drawn_beside_predictions(finished_yolos, shapes, capsys):
     assert capsys.readouterr().out.count("box and one map a head ->") == 2
     assert (finished_yolos / f"predict-1-{picture.stem}-attention.png").exists()
     assert run_yolos(*args, 9) == 2
-    assert "--attention: yolos has 9 [DET] tokens, from 0 on" in capsys.readouterr().err
+    assert "--attention: yolos has tokens 0 to 8" in capsys.readouterr().err
     assert run_yolos("--attention") == 2
     assert "--attention goes with --predict" in capsys.readouterr().err
 
@@ -329,7 +357,7 @@ def test_impossible_settings_of_yolos_are_answered_in_one_line(setting, shapes, 
 def test_attention_is_refused_where_there_is_none(finished, shapes, capsys):
     picture = next((shapes / "val2017").iterdir())
     assert run("--out", finished, "--predict", picture, "--attention", tiny=False) == 2
-    assert "--attention: mimdet has 0 [DET] tokens" in capsys.readouterr().err
+    assert "--attention: mimdet has no [DET] tokens: give --model yolos" in capsys.readouterr().err
 
 
 def test_files_with_the_authors_arguments_inside_are_read(finished_yolos, shapes, tmp_path, capsys):
