@@ -647,12 +647,11 @@ def test_real_coco_trains_and_evaluates(real_coco, tmp_path):
     assert 0 <= result["AP"] <= 1 and 0 <= result["mask_AP"] <= 1
 
 
-def test_readme_commands_parse():
-    commands = re.findall(
-        r"^\$? ?(?:python|torchrun .*) ?train\.py (.*?)(?:#.*)?$",
-        (ROOT / "README.md").read_text(),
-        re.M,
-    )
+@pytest.mark.parametrize("page", ["README.md", "docs/labs.md"])
+def test_commands_of_the_pages_parse(page):
+    text = (ROOT / page).read_text()
+    commands = re.findall(r"^(?:python|torchrun .*) ?train\.py (.*?)(?:#.*)?$", text, re.M)
+    commands += re.findall(r"`(--model .*?)`", text)  # options in a table or sentence
     assert len(commands) >= 6
     for command in commands:
         args = train.parse_args(command.split())
@@ -661,3 +660,10 @@ def test_readme_commands_parse():
         train.override(
             args.set, dict(config), dict(module.RECIPES.get(args.variant, module.RECIPES["paper"]))
         )
+
+
+def test_readme_says_how_long_the_files_are():
+    rows = re.findall(r"^\| `(\w+\.py)` \|.*?\| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) == 6
+    for name, lines in rows:
+        assert len((ROOT / name).read_text().splitlines()) == pytest.approx(int(lines), abs=25)
