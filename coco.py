@@ -665,15 +665,8 @@ def draw(image, found, classes):
     h, w = image.shape[1:]
     boxes = found.get("boxes", torch.tensor([[0, 0, w - 1, h - 1]]))  # of a class: the whole image
     canvas, zoom = enlarge(canvas)
-    return draw_bounding_boxes(
-        canvas,
-        boxes.cpu()[keep] * zoom,
-        names,
-        colors=colors,
-        width=2,
-        label_colors="black",
-        label_background_colors=colors,
-    )
+    boxes = boxes.cpu()[keep] * zoom
+    return draw_bounding_boxes(canvas, boxes, names, colors, width=2, fill_labels=True)
 
 
 def describe(found, classes):
