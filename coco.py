@@ -435,12 +435,11 @@ def resized(h, w, short, longest, multiple=1):
 class Transform:
     """A recipe's resizing and, in training, random flip and crop; masks and boxes follow.
 
-    recipe: sizes (short sides in pixels; one is drawn in training, the last serves evaluation;
-    empty: the image's own), max_size (of the long side at the largest short side; in evaluation,
-    and in training a segmenter, less for a smaller one), multiple (of which both sides are), crop
-    (empty: none). crop of task "detect": smallest and largest side, of every second image; of
-    "segment": one largest side; of "classify" and "pretrain", whose images are resized to squares:
-    smallest and largest share of the area.
+    recipe: sizes: short sides in pixels, one is drawn in training, the last serves evaluation;
+    empty: the image's own. max_size: of the long side, at the largest short side; in evaluation and
+    for segmenters in proportion. multiple: to which both sides are cut. crop, by task: "detect"
+    (least, most) pixels of a side, every second image; "segment" (most,); "classify" and "pretrain"
+    (least, most) share of the area, and images become squares; empty: none.
     """
 
     def __init__(self, recipe, train, task="detect"):

@@ -7,8 +7,8 @@ back together, and the hybrid is the backbone of an ordinary Mask R-CNN.
 Flow: image (B, 3, H, W) -> stem maps of strides 4, 8, 16 -> half of the N tokens (B, N/2, C)
       -> encoder -> all tokens (B, N, C') -> decoder -> FPN p2..p6 -> proposals
       -> boxes (D, 4), scores (D,), labels (D,), masks (D, H, W)
-Padding: seen by the stem's GroupNorm, attention and RPN, as released, but its tokens are kept last;
-      in prediction only images of equal padded size share a batch.
+Padding: seen by the stem's GroupNorm, attention and RPN, as released; its tokens are sampled only
+      where real ones run out. In prediction only images of equal padded size share a batch.
 Compare: yolos.py has no pyramid, anchors or proposals; pvt.py builds the pyramid inside the
 transformer; simmim.py trains the encoder that is put to work here.
 """
@@ -276,7 +276,8 @@ class Encoder(nn.Module):
             if noise is None:
                 noise = torch.rand(*tokens.shape[:2], device=x.device)  # (B, N)
             ids = sample_tokens(noise, sizes, stem.shape[-2:], ratio, self.stride)  # (B, N_kept)
-            tokens = tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
+            keep = ids[:, :, None].expand(-1, -1, tokens.shape[2])
+            tokens = tokens.gather(1, keep)  # (B, N_kept, C): the others are dropped
         tokens = self.norm(run_blocks(self.blocks, tokens, self.recompute))  # (B, N_kept, C)
         return tokens, ids, (*fine, stem)
 
@@ -702,7 +703,7 @@ class MIMDet(nn.Module):
             losses["loss_mask"] = mask_logits.sum() * 0
             if len(objects):
                 mask_logits = mask_logits[torch.arange(len(objects)), labels_of_objects]
-                wanted = torch.cat(wanted_masks).float()  # (R, 28, 28)
+                wanted = torch.cat(wanted_masks).float()  # (objects, 28, 28)
                 losses["loss_mask"] = F.binary_cross_entropy_with_logits(mask_logits, wanted)
         return losses
 

@@ -5,8 +5,8 @@ three times, like a CNN, so that any dense head can stand on it. What makes so m
 affordable: keys and values come from a map that a strided convolution has shrunk (SRA).
 Flow: image (B, 3, H, W) -> four stages (B, C, H/4, W/4) ... (B, C, H/32, W/32) -> one head:
       classes, RetinaNet's boxes on five levels, DETR's set of boxes, or a map of classes
-Padding: seen by the four stages, as released, and by no head of queries; in prediction only images
-      of equal padded size share a batch.
+Padding: seen by the four stages, as released, RetinaNet and Semantic FPN; masked in the attention
+      of DETR and Trans2Seg. In prediction only images of equal padded size share a batch.
 Compare: mimdet.py builds a pyramid around a plain ViT; yolos.py needs none; the DETR head's
 matching and losses are yolos.py's.
 """
@@ -70,7 +70,7 @@ class Config:
 # Stages of PVT v2 (arXiv:2106.13797, Table 1).
 V2 = dict(design="v2")
 CONFIGS = {  # with the parameters as RetinaNet for 80 classes, and as classifier for 1000
-    # Differs: group_norm, and for head=detr anchors and patch_loss, because training from scratch
+    # Differs: group_norm, and for head=detr reference_points, patch_loss, because training from scratch
     # takes the published heads far longer than minutes.
     "nano": Config(embed_dims=(32, 64, 96, 128), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4),
                    mlp_ratios=(4, 4, 4, 4), drop_path=0.0, pos_size=128, head_dim=64, head_depth=2,
@@ -309,7 +309,10 @@ class PyramidBlock(nn.Module):
 
 
 class PyramidVisionTransformer(nn.Module):
-    """Four stages: embed patches, add positions, transform, fold back into a map (Sec. 3.1)."""
+    """Four stages: embed patches, add positions, transform, fold back into a map (Sec. 3.1).
+
+    v2 adds none: its padded convolutions tell positions.
+    """
 
     def __init__(self, c):
         super().__init__()
@@ -605,8 +608,9 @@ class RetinaNet(nn.Module):
         return [*levels, p6, self.p7(p6)]
 
     def loss(self, outputs, targets, sizes):
-        """Focal loss of all anchors and L1 of those with an object, by the number of the latter.
+        """Focal loss of anchors, not of those in between (-2), and L1 of those with an object.
 
+        Both are divided by the number of the latter, at least 1 an image.
         As released that is this process's number, not the mean over processes.
         """
         logits, deltas, anchors = torch.cat(outputs[0], 1), torch.cat(outputs[1], 1), outputs[2]

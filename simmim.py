@@ -413,7 +413,8 @@ class SwinEmbed(nn.Module):
 class Swin(nn.Module):
     """Swin transformer, v1 or v2, of torchvision's blocks (arXiv:2103.14030, 2111.09883).
 
-    A window is no larger than its stage's map, which then needs no shift (released code).
+    Positions are relative tables of each window, added in its attention. A window is no larger than
+    its stage's map, which then needs no shift (released code).
     """
 
     def __init__(self, c):

@@ -52,7 +52,7 @@ class Config:
 
 # fmt: off
 CONFIGS = {  # with the parameters for 80 classes, and for the authors' 91
-    # Differs: stem, anchors, patch_loss and xavier, because plain YOLOS learns next to nothing from
+    # Differs: stem, reference_points, patch_loss, xavier, because plain YOLOS learns next to nothing from
     # scratch in minutes (Table 2: 19.7 AP after 600 epochs).
     "nano": Config(embed_dim=128, depth=3, num_heads=2, det_tokens=25, pos_grid=(10, 10),
                    mid_pos_grid=(), stem="conv", reference_points=True, patch_loss=1.0,
@@ -320,7 +320,7 @@ def initial_positions(c):
     side = c.pos_grid[0]
     table = sincos_pos_embed(c.embed_dim, side)  # (1, 1 + side * side, C)
     x, y = (spread_points(c.det_tokens) * side).long().T  # (Q,)
-    return torch.cat([table, table[:, 1 + y * side + x]], dim=1)  # where an anchor lies
+    return torch.cat([table, table[:, 1 + y * side + x]], dim=1)  # where its point lies
 
 
 def trunc_normal(*shape):
@@ -662,5 +662,8 @@ if __name__ == "__main__":
     print(f"YOLOS nano: {sum(p.numel() for p in model.parameters()):,} parameters, not trained")
     for name, x, words in rows:
         print(f"{name:10}{str(tuple(x.shape)):18}{words}")
-    print(f"matching  2 objects go to tokens {query.tolist()}, the other 23 learn: no object")
+    print(
+        f"matching  2 objects go to tokens {query.tolist()}, the other "
+        f"{logits.shape[1] - len(query)} learn: no object"
+    )
     print("losses    " + "  ".join(f"{name[5:]} {loss:.2f}" for name, loss in losses.items()))
