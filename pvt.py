@@ -70,8 +70,8 @@ class Config:
 # Stages of PVT v2 (arXiv:2106.13797, Table 1).
 V2 = dict(design="v2")
 CONFIGS = {  # with the parameters as RetinaNet for 80 classes, and as classifier for 1000
-    # Differs: group_norm, and for head=detr reference_points, patch_loss, because training from scratch
-    # takes the published heads far longer than minutes.
+    # Differs: group_norm, and for head=detr reference_points and patch_loss, because training from
+    # scratch takes the published heads far longer than minutes.
     "nano": Config(embed_dims=(32, 64, 96, 128), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4),
                    mlp_ratios=(4, 4, 4, 4), drop_path=0.0, pos_size=128, head_dim=64, head_depth=2,
                    queries=25, group_norm=True, reference_points=True, patch_loss=1.0),

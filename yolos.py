@@ -52,8 +52,8 @@ class Config:
 
 # fmt: off
 CONFIGS = {  # with the parameters for 80 classes, and for the authors' 91
-    # Differs: stem, reference_points, patch_loss, xavier, because plain YOLOS learns next to nothing from
-    # scratch in minutes (Table 2: 19.7 AP after 600 epochs).
+    # Differs: stem, reference_points, patch_loss and xavier, because plain YOLOS learns next to
+    # nothing from scratch in minutes (Table 2: 19.7 AP after 600 epochs).
     "nano": Config(embed_dim=128, depth=3, num_heads=2, det_tokens=25, pos_grid=(10, 10),
                    mid_pos_grid=(), stem="conv", reference_points=True, patch_loss=1.0,
                    xavier=True),  # 805,733
