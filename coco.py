@@ -704,12 +704,13 @@ def draw_curves(path, runs):
     """
     losses, measures = {}, {}
     for name, lines in runs.items():
-        steps = [line for line in lines if "lr" in line]
-        losses[name] = [
-            (x["epoch"], sum(v for k, v in x.items() if k.startswith("loss_"))) for x in steps
-        ]
-        evaluations = [line for line in lines if "lr" not in line]
-        measures[name] = [(x["epoch"], [*x.values()][2]) for x in evaluations]
+        steps = {x["step"]: x for x in lines if "lr" in x}  # what a resumed run did again counts
+        losses[name] = sorted(
+            (x["epoch"], sum(v for k, v in x.items() if k.startswith("loss_")))
+            for x in steps.values()
+        )
+        evaluations = {x["step"]: x for x in lines if "lr" not in x}
+        measures[name] = sorted((x["epoch"], [*x.values()][2]) for x in evaluations.values())
     save_pictures(path, [[draw_panel("loss", losses), draw_panel("measure", measures)]])
 
 
@@ -730,7 +731,10 @@ def draw_panel(title, curves, width=480, height=320):
     pen.text((width / 2, 4), f"{title} against epochs", "black", font, "mt")
     for i, (name, curve) in enumerate(curves.items()):
         color = f"hsl({137 * i % 360}, 80%, 40%)"
-        pen.line([place(x, y) for x, y in curve], color, 2)
+        places = [place(x, y) for x, y in curve]
+        pen.line(places, color, 2)
+        for x, y in places:
+            pen.ellipse([x - 2, y - 2, x + 2, y + 2], color)
         pen.text((width - 16, 24 + 16 * i), name, color, font, "rt")
     return torch.from_numpy(np.array(panel)).permute(2, 0, 1)
 

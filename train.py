@@ -102,7 +102,7 @@ def override(settings, *tables, where="--set"):
         table = next((t for t in tables if name in t), None)
         if not equals or table is None:
             known = [field for t in tables for field in t]
-            near = difflib.get_close_matches(name, known, n=1) if equals else []
+            near = difflib.get_close_matches(name, known, 1) if equals and where == "--set" else []
             advice = f"did you mean {near[0]}?" if near else f"with a field of {', '.join(known)}"
             raise DataError(f"{where} {setting}: give FIELD=VALUE; {advice}")
         try:
@@ -539,6 +539,9 @@ def start(args, net, saved, dataset):
         load_optimizer(optimizer, args.resume, saved["optimizer"].get("state"))
         args.began, step, best = args.began - saved["seconds"], saved["step"], saved["best"]
         say(args, f"resuming after step {step}")
+        if step >= args.steps:
+            how = "with --init and another --out" if step >= args.total_steps else "by more --steps"
+            say(args, f"nothing is left to train; go on {how}")
     model = torch.compile(net) if args.compile else net
     if args.world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
@@ -548,6 +551,21 @@ def start(args, net, saved, dataset):
     return model, optimizer, iter(make_loader(args, dataset, batch_sampler=parts)), step, best
 
 
+def listen(args):
+    """A list that is filled by the first Ctrl-C; the second ends the process at once."""
+    interrupted = []
+
+    def interrupt(*_):
+        if interrupted:
+            sys.exit(130)
+        interrupted.append(True)
+        if args.rank == 0:  # print may not be entered twice
+            os.write(2, b"\nsaving after this step or evaluation; Ctrl-C again leaves at once\n")
+
+    signal.signal(signal.SIGINT, interrupt)
+    return interrupted
+
+
 def train(args, net, saved, dataset, held_out):
     """Train to args.steps; returns the last evaluation's metrics."""
     model, optimizer, batches, first, best = start(args, net, saved, dataset)
@@ -555,17 +573,8 @@ def train(args, net, saved, dataset, held_out):
     log_every = max(1, min(50, eval_every // 4))
     if not first and args.rank == 0:
         (args.out / "log.jsonl").write_text("")
-    interrupted, metrics = [], None
-
-    def interrupt(*_):
-        if interrupted:
-            sys.exit(130)
-        interrupted.append(1)
-        os.write(2, b"\nsaving after this step or evaluation; Ctrl-C again leaves at once\n")
-
-    signal.signal(signal.SIGINT, interrupt)
+    interrupted, metrics = listen(args), None
     if first >= args.steps:
-        say(args, f"the schedule ended at step {first}; to train on, give --init and another --out")
         metrics = evaluate(args, net, held_out, "end")
         keep_best(args, net, optimizer, first, best, metrics)
     shown, clock, written = first, time.time(), time.time()
@@ -576,7 +585,7 @@ def train(args, net, saved, dataset, held_out):
             speed = (done - shown) * args.total_batch / (time.time() - clock)
             log_step(args, done, losses, speed)
             shown, clock = done, time.time()
-        stops = summed(args, torch.tensor(len(interrupted), device=args.device)) > 0
+        stops = on_any_rank(args, bool(interrupted))
         evaluates = (done % eval_every == 0 or done == args.steps) and not stops
         if evaluates or stops or time.time() - written > SAVE_SECONDS:
             save_run(args, net, optimizer, done, best)
@@ -619,7 +628,7 @@ def keep_best(args, net, optimizer, step, best, metrics):
     score = next(iter(metrics.values()))
     if score > best:
         save_run(args, net, optimizer, step, score, "best.pt")
-    return max(score, best)
+    return score if score > best else best
 
 
 def save_run(args, net, optimizer, step, best, name="last.pt"):
@@ -631,6 +640,13 @@ def save_run(args, net, optimizer, step, best, name="last.pt"):
     data |= dict(images_seen=step * args.total_batch, seconds=time.time() - args.began)
     data |= dict(config=dataclasses.asdict(net.config), recipe=args.recipe, plan=args.plan)
     write_whole(args.out / name, lambda file: torch.save(data, file))
+
+
+def on_any_rank(args, flag):
+    """True on every process if it is on one, so that all of them stop after the same step."""
+    if args.world == 1:
+        return flag
+    return summed(args, torch.tensor(int(flag), device=args.device)).item() > 0
 
 
 def summed(args, tensor):
@@ -721,7 +737,7 @@ def plot(args):
     for folder in map(Path, args.plot):
         try:
             lines = (folder / "log.jsonl").read_text().splitlines()
-            runs[folder.name] = [json.loads(line) for line in lines]
+            runs[str(folder)] = [json.loads(line) for line in lines]
         except (OSError, ValueError) as error:
             raise DataError(f"{folder}: no log of a run ({error}); give folders of runs") from None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -932,6 +948,8 @@ def make_net(args, config, num_classes):
     try:
         net = module.build(module.Config(**config), num_classes)
     except (ValueError, RuntimeError, ArithmeticError) as error:
+        if explain(error):
+            raise
         raise DataError(f"--set: no such model: {str(error).splitlines()[0]}") from None
     if args.device.type == "cuda" and args.world > 1:
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
