@@ -80,6 +80,7 @@ CONFIGS = {  # with the parameters in pre-training
 }
 PAPER = dict(
     lr=4e-4, batch_size=2048, layer_decay=1.0, weight_decay=0.05, clip=5.0, epochs=800,
+    # sizes is always the config's img_size
     warmup=6255,  # Differs: steps of 2048 ImageNet images; the warm-up starts at 0
     schedule=(0.875,), sizes=(224,), max_size=224, multiple=1, crop=(0.67, 1.0),
 )
@@ -624,9 +625,8 @@ class Target(nn.Module):
             x = F.fold(rows, size, self.side, stride=self.side)  # (B, 3, H, W)
         else:
             bins = self.out // 3
-            x = normalise(
-                (found.unflatten(1, (bins, 3)).argmax(dim=1) + 0.5) / bins
-            )  # (B, 3, h, w)
+            share = (found.unflatten(1, (bins, 3)).argmax(dim=1) + 0.5) / bins  # (B, 3, h, w)
+            x = normalise(share)
         return x if self.side > 1 else F.interpolate(x, scale_factor=float(self.resolution))
 
 
@@ -715,7 +715,7 @@ class SimMIM(nn.Module):
             ((x - other).abs() * hidden).sum(dim=(1, 2, 3)) / share
             for other in (guess, visible[:, :, None, None])
         ]
-        pictures = [denormalise(torch.where(hidden, other, x)) for other in (guess, 0 * x)]
+        pictures = [denormalise(torch.where(hidden, y, x)) for y in (guess, torch.zeros_like(x))]
         parts = zip(*pictures, hidden[:, 0], *errors, strict=True)
         names = ("reconstruction", "masked", "mask", "l1", "baseline")
         return [dict(zip(names, part, strict=True)) for part in parts]
@@ -857,11 +857,8 @@ if __name__ == "__main__":
     print(f"mask      {int(mask.sum())} of {mask.numel()} patches hidden")
     for name, x, words in rows:
         print(f"{name:10}{str(tuple(x.shape)):18}{words}")
-    print(
-        f"L1        {answer['l1']:.2f} where hidden; {answer['baseline']:.2f} for the mean colour"
-    )
+    l1, baseline = answer["l1"], answer["baseline"]
+    print(f"L1        {l1:.2f} where hidden; {baseline:.2f} for the mean colour")
     for kind, side in (("random", 8), ("random", 32), ("block", 8), ("square", 8)):
         drawn = draw_mask(kind, (128 // side,) * 2, 0.6, torch.Generator().manual_seed(0), side)
-        print(
-            f"AvgDist   {avg_dist(drawn, side):4.1f} px from hidden to visible: {kind}, {side} px"
-        )
+        print(f"AvgDist   {avg_dist(drawn, side):4.1f} px to a visible one: {kind}, {side} px")
