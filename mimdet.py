@@ -18,6 +18,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -445,6 +446,17 @@ def paste_masks(probs, boxes_xyxy, size):
 # --- 5. Heads and losses --------------------------------------------------------------------------
 
 
+def over_processes(counts):
+    """Mean of counts over all processes: losses divided by it are those of one large batch.
+
+    Differs: released code divides some losses by what one process alone has counted.
+    """
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+        counts /= dist.get_world_size()
+    return counts
+
+
 def conv_bn_relu(dim):
     """3x3 convolution, BatchNorm, ReLU: `.0` and `.1` hold the weights."""
     return Conv2dNormActivation(dim, dim, 3)
@@ -672,7 +684,7 @@ class MIMDet(nn.Module):
         """Cross-entropy and L1 of sampled boxes, binary cross-entropy of the objects' masks.
 
         The first two are divided by all R boxes, background too, the last by the objects' 28 x 28
-        cells; of this process, as released.
+        cells.
         """
         c, K = self.config, self.num_classes
         rois, labels, wanted_boxes, mask_rois, wanted_masks = [], [], [], [], []
@@ -692,9 +704,11 @@ class MIMDet(nn.Module):
         objects = (labels < K).nonzero()[:, 0]
         labels_of_objects = labels[objects]
         box_error = deltas[objects, labels_of_objects] - torch.cat(wanted_boxes)
+        counts = logits.new_tensor([len(labels), len(objects)])
+        num_boxes, num_masks = over_processes(counts).clamp(min=1)
         losses = {
-            "loss_cls": F.cross_entropy(logits, labels),
-            "loss_box": box_error.abs().sum() / max(1, len(labels)),
+            "loss_cls": F.cross_entropy(logits, labels, reduction="sum") / num_boxes,
+            "loss_box": box_error.abs().sum() / num_boxes,
         }
         if c.masks:
             # Without any object the head sees one background crop, so that all processes call it.
@@ -704,7 +718,8 @@ class MIMDet(nn.Module):
             if len(objects):
                 mask_logits = mask_logits[torch.arange(len(objects)), labels_of_objects]
                 wanted = torch.cat(wanted_masks).float()  # (objects, 28, 28)
-                losses["loss_mask"] = F.binary_cross_entropy_with_logits(mask_logits, wanted)
+                error = F.binary_cross_entropy_with_logits(mask_logits, wanted, reduction="sum")
+                losses["loss_mask"] = error / (num_masks * 28**2)
         return losses
 
     def detect(self, x, sizes, out_sizes, noise=None):

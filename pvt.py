@@ -540,6 +540,17 @@ def hungarian_match(logits, boxes_norm, targets, points=None):
 # sizes: the true (h, w) of each image of the padded batch.
 
 
+def over_processes(counts):
+    """Mean of counts over all processes: losses divided by it are those of one large batch.
+
+    Differs: released code divides some losses by what one process alone has counted.
+    """
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+        counts /= dist.get_world_size()
+    return counts
+
+
 class Classifier(nn.Module):
     """Linear layer on the class token, or on the mean of v2's last map.
 
@@ -611,7 +622,6 @@ class RetinaNet(nn.Module):
         """Focal loss of anchors, not of those in between (-2), and L1 of those with an object.
 
         Both are divided by the number of the latter, at least 1 an image.
-        As released that is this process's number, not the mean over processes.
         """
         logits, deltas, anchors = torch.cat(outputs[0], 1), torch.cat(outputs[1], 1), outputs[2]
         anchors, count = torch.cat(anchors), 0
@@ -626,6 +636,7 @@ class RetinaNet(nn.Module):
             offsets = encode_boxes(target["boxes"][item], anchors[positive])
             loss_box += (delta[positive] - offsets).abs().sum()
             count += max(1, len(positive))
+        count = over_processes(anchors.new_tensor(count))
         return {"loss_cls": loss_cls / count, "loss_box": loss_box / count}
 
     def answers(self, outputs, sizes, out_sizes):
@@ -817,8 +828,8 @@ def set_losses(logits, boxes_norm, targets, pairs, no_object_weight, number):
     """DETR's losses of matched queries (arXiv:2005.12872, Sec. 3.1): class, 5 x L1, 2 x (1 - GIoU).
 
     Arguments and pairs as in hungarian_match. Queries without an object should answer the last
-    class. The box losses are divided by `number`, averaged over all processes and at least 1; the
-    class loss is a mean weighted by class, as released of this process alone.
+    class: a mean weighted by class (released: over one process). The box losses are divided by
+    `number`, at least 1.
     """
     wanted = torch.full(logits.shape[:2], logits.shape[2] - 1, device=logits.device)  # (B, Q)
     for row, target, (query, item) in zip(wanted, targets, pairs, strict=True):
@@ -827,14 +838,14 @@ def set_losses(logits, boxes_norm, targets, pairs, no_object_weight, number):
     weight[-1] = no_object_weight
     found = torch.cat([b[query] for b, (query, _) in zip(boxes_norm, pairs, strict=True)])
     truth = torch.cat([t["boxes_norm"][item] for t, (_, item) in zip(targets, pairs, strict=True)])
-    number = torch.tensor(float(number), device=logits.device)
-    if dist.is_initialized():
-        dist.all_reduce(number)
-        number /= dist.get_world_size()
+    counts = torch.stack([weight[wanted].sum(), weight.new_tensor(number)])
+    weights, number = over_processes(counts).clamp(min=1e-6)
     number = number.clamp(min=1)
     corners = (box_convert(b, "cxcywh", "xyxy") for b in (found, truth))
+    logits, wanted = logits.flatten(0, 1).float(), wanted.flatten()
+    error = F.cross_entropy(logits, wanted, weight, reduction="sum")
     return {
-        "loss_cls": F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), weight),
+        "loss_cls": error / weights,
         "loss_box": 5 * (found - truth).abs().sum() / number,
         "loss_giou": 2 * generalized_box_iou_loss(*corners, reduction="sum") / number,
     }

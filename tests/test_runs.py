@@ -4,6 +4,7 @@ torchrun starts this file too: see `job`.
 """
 
 import argparse
+import json
 import math
 import os
 import re
@@ -426,42 +427,42 @@ def without_chance(replace):
     replace(train, "evaluate", lambda args, *_: None if args.rank else dict(AP=0.0))
 
 
-# Losses that are means over a process (RetinaNet's, MIMDet's of masks, as released) or see padding
-# equal those of a larger batch only if that comes in parts.
-EQUAL = {
-    "simmim": ([], False),
-    "yolos": (["no_object_weight=1.0", "patch_loss=0", "stem=patch"], False),
-    "pvt": ([], True),
-    "mimdet": (["sample_ratio=1.0"], True),
-}
+def equal_run(model, data, out, *batches):
+    args = ["--data", data, "--out", out, "--steps", 3, "--lr", 1e-4, *batches]
+    return run(model, *args, "--set", *SETTINGS[model], *["sample_ratio=1.0"] * (model == "mimdet"))
 
 
-def equal_run(model, shapes, out, *batches):
-    args = ["--data", shapes, "--out", out, "--steps", 3, "--lr", 1e-4, *batches]
-    return run(model, *args, "--set", *SETTINGS[model], *EQUAL[model][0])
+@pytest.fixture
+def one_size(shapes, tmp_path):
+    """The shapes of one size: RetinaNet and MIMDet see padding."""
+    data = shutil.copytree(shapes, tmp_path / "one size")
+    for file in data.glob("annotations/*.json"):
+        split = json.loads(file.read_text())
+        split["images"] = [x for x in split["images"] if x["width"] == x["height"]]
+        file.write_text(json.dumps(split))
+    return data
 
 
-def job(shapes, folder):
+def job(data, folder):
     """What each of two processes does: all models in one process group, which starts once."""
     without_chance(setattr)
     train.dist.init_process_group("gloo")
     train.dist.init_process_group = train.dist.destroy_process_group = lambda *_: None
-    for model in EQUAL:
-        assert equal_run(model, shapes, Path(folder) / model, "--batch-size", 2) == 0
+    for model in SETTINGS:
+        assert equal_run(model, data, Path(folder) / model, "--batch-size", 2) == 0
     die() if os.environ["RANK"] == "1" else time.sleep(600)
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_the_larger_batch(shapes, tmp_path, monkeypatch):
+def test_two_processes_equal_one_with_the_larger_batch(one_size, tmp_path, monkeypatch):
     """And one that dies ends the job, though the other one would wait."""
     without_chance(monkeypatch.setattr)
-    began, process = time.time(), torchrun("job", shapes, tmp_path)
+    began, process = time.time(), torchrun("job", one_size, tmp_path)
     output = process.communicate(timeout=300)
     assert process.returncode == 1 and "exitcode  : -9" in output[1], output
     assert time.time() - began < 200
-    for model, (_, in_parts) in EQUAL.items():
-        larger = ["--batch-size", 2, "--accumulate", 2] if in_parts else ["--batch-size", 4]
-        assert equal_run(model, shapes, tmp_path / "one" / model, *larger) == 0
+    for model in SETTINGS:
+        assert equal_run(model, one_size, tmp_path / "one" / model, "--batch-size", 4) == 0
         assert same(tmp_path / "one" / model, tmp_path / model, 1e-5)
         logs = zip(log_of(tmp_path / model), log_of(tmp_path / "one" / model), strict=True)
         for two, one in logs:
