@@ -352,6 +352,23 @@ def test_too_little_memory_names_the_knobs(fill, shapes, tmp_path, monkeypatch, 
         assert knob in error
 
 
+def test_a_model_too_large_to_be_built_names_the_knobs(shapes, tmp_path, capsys):
+    args = ("--data", shapes, "--out", tmp_path, "--set", "embed_dim=300000000000")
+    assert run("yolos", *args) == 2
+    assert "not enough memory; give a smaller --batch-size" in one_line(capsys)
+
+
+def test_a_measure_that_is_not_a_number_spoils_no_best(finished, shapes, tmp_path, monkeypatch):
+    measures = iter([0.5, math.nan, 0.6])
+    monkeypatch.setattr(train, "evaluate", lambda *_: dict(AP=next(measures)))
+    args = ("--data", shapes, "--out", tmp_path, "--batch-size", 4)
+    for steps in (1, 2, 3):
+        more = ["--resume"] if steps > 1 else []
+        assert run("yolos", *args, "--epochs", 1, "--steps", steps, *more) == 0
+        best = torch.load(tmp_path / "best.pt", weights_only=True)
+        assert (best["step"], best["best"]) == {1: (1, 0.5), 2: (1, 0.5), 3: (3, 0.6)}[steps]
+
+
 def test_a_bug_keeps_its_traceback(shapes, tmp_path, monkeypatch):
     def bug(*_):
         raise RuntimeError("shapes do not match")
@@ -394,6 +411,36 @@ def test_a_resumed_run_keeps_its_schedule_without_being_told(finished, shapes, t
     assert "6 steps of 4 images, 1 epochs; lr 0.0002 (as before)" in capsys.readouterr().out
     assert run("yolos", *args, "--resume", "--lr", 1e-5, tiny=False) == 0
     assert "lr 1e-05 (as given)" in capsys.readouterr().out
+
+
+def test_what_ended_says_how_it_goes_on(finished, shapes, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "whole")
+    assert run("yolos", "--data", shapes, "--out", out, "--resume", tiny=False) == 0
+    told = "nothing is left to train; go on "
+    assert told + "with --init and another --out" in capsys.readouterr().out
+    assert same(out, finished)
+    stopped = ("--data", shapes, "--out", tmp_path / "half", "--epochs", 1, "--steps", 1)
+    assert run("yolos", *stopped) == 0
+    assert run("yolos", *stopped, "--resume") == 0
+    assert told + "by more --steps" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_answered_at_once(finished, shapes, tmp_path, monkeypatch, capfd):
+    """In training by a notice before it saves; elsewhere it ends in one line."""
+
+    def interrupted(*_):
+        signal.raise_signal(signal.SIGINT)
+        assert "saving after this step or evaluation; Ctrl-C again" in capfd.readouterr().err
+
+    monkeypatch.setattr(train, "check_finite", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        run("yolos", "--data", shapes, "--out", tmp_path, "--steps", 2, "--batch-size", 4)
+    monkeypatch.setattr(train, "evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
+    args = ("--data", shapes, "--out", finished, "--eval-only")
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert run("yolos", *args, tiny=False) == 130
+    signal.signal(signal.SIGINT, handler)
+    assert capfd.readouterr().err == "interrupted\n"
 
 
 # --- Many processes -------------------------------------------------------------------------------
