@@ -665,7 +665,12 @@ def draw(image, found, classes):
     boxes = found.get("boxes", torch.tensor([[0, 0, w - 1, h - 1]]))  # of a class: the whole image
     canvas, zoom = enlarge(canvas)
     boxes = boxes.cpu()[keep] * zoom
-    return draw_bounding_boxes(canvas, boxes, names, colors, width=2, fill_labels=True)
+    canvas = draw_bounding_boxes(canvas, boxes, colors=colors, width=2)
+    picture, font = v2.functional.to_pil_image(canvas), PIL.ImageFont.load_default(13)
+    pen = PIL.ImageDraw.Draw(picture)
+    for (x, y, _, _), name in zip(boxes.tolist(), names, strict=True):  # to be read on any colour
+        pen.text((x + 4, y + 2), name, "white", font, stroke_width=2, stroke_fill="black")
+    return v2.functional.pil_to_tensor(picture)
 
 
 def describe(found, classes):
