@@ -378,6 +378,20 @@ def test_a_bug_keeps_its_traceback(shapes, tmp_path, monkeypatch):
         run("yolos", "--data", shapes, "--out", tmp_path, "--steps", 1)
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="not on Linux")
+def test_memory_of_freed_tensors_is_kept():
+    code = """if True:
+        import torch, train
+        def pages():
+            return int(open("/proc/self/statm").read().split()[1])
+        train.keep_freed_memory()
+        before = pages()
+        torch.ones(50_000_000)
+        assert pages() - before > 30_000
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=Path(train.__file__).parent, check=True)
+
+
 # --- Seeds, and the same run again ----------------------------------------------------------------
 
 
