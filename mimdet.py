@@ -447,9 +447,10 @@ def paste_masks(probs, boxes_xyxy, size):
 
 
 def over_processes(counts):
-    """Mean of counts over all processes: losses divided by it are those of one large batch.
+    """Mean of counts over all processes, which average their gradients.
 
-    Differs: released code divides some losses by what one process alone has counted.
+    So sums divided by it make the step of one process with all the images. Differs: released code
+    divides some losses by what one process alone has counted.
     """
     if dist.is_initialized():
         dist.all_reduce(counts)
@@ -705,7 +706,7 @@ class MIMDet(nn.Module):
         labels_of_objects = labels[objects]
         box_error = deltas[objects, labels_of_objects] - torch.cat(wanted_boxes)
         counts = logits.new_tensor([len(labels), len(objects)])
-        num_boxes, num_masks = over_processes(counts).clamp(min=1)
+        num_boxes, num_masks = over_processes(counts).clamp(min=1e-6)  # without any: no 0/0
         losses = {
             "loss_cls": F.cross_entropy(logits, labels, reduction="sum") / num_boxes,
             "loss_box": box_error.abs().sum() / num_boxes,

@@ -402,9 +402,10 @@ def hungarian_match(logits, boxes_norm, targets, points=None):
 
 
 def over_processes(counts):
-    """Mean of counts over all processes: losses divided by it are those of one large batch.
+    """Mean of counts over all processes, which average their gradients.
 
-    Differs: released code divides some losses by what one process alone has counted.
+    So sums divided by it make the step of one process with all the images. Differs: released code
+    divides some losses by what one process alone has counted.
     """
     if dist.is_initialized():
         dist.all_reduce(counts)
@@ -428,8 +429,8 @@ def set_losses(logits, boxes_norm, targets, pairs, no_object_weight, number):
     """DETR's losses of matched queries (arXiv:2005.12872, Sec. 3.1): class, 5 x L1, 2 x (1 - GIoU).
 
     Arguments and pairs as in hungarian_match. Queries without an object should answer the last
-    class: a mean weighted by class (released: over one process). The box losses are divided by
-    `number`, at least 1.
+    class. The class loss is a mean weighted by class, over all processes (released: over one); the
+    box losses are divided by `number`, its mean over the processes and at least 1.
     """
     wanted = torch.full(logits.shape[:2], logits.shape[2] - 1, device=logits.device)  # (B, Q)
     for row, target, (query, item) in zip(wanted, targets, pairs, strict=True):
@@ -439,13 +440,13 @@ def set_losses(logits, boxes_norm, targets, pairs, no_object_weight, number):
     found = torch.cat([b[query] for b, (query, _) in zip(boxes_norm, pairs, strict=True)])
     truth = torch.cat([t["boxes_norm"][item] for t, (_, item) in zip(targets, pairs, strict=True)])
     counts = torch.stack([weight[wanted].sum(), weight.new_tensor(number)])
-    weights, number = over_processes(counts).clamp(min=1e-6)
-    number = number.clamp(min=1)
+    total_weight, number = over_processes(counts)
+    total_weight, number = total_weight.clamp(min=1e-6), number.clamp(min=1)
     corners = (box_convert(b, "cxcywh", "xyxy") for b in (found, truth))
     logits, wanted = logits.flatten(0, 1).float(), wanted.flatten()
     error = F.cross_entropy(logits, wanted, weight, reduction="sum")
     return {
-        "loss_cls": error / weights,
+        "loss_cls": error / total_weight,
         "loss_box": 5 * (found - truth).abs().sum() / number,
         "loss_giou": 2 * generalized_box_iou_loss(*corners, reduction="sum") / number,
     }

@@ -376,8 +376,12 @@ def test_pictures_show_what_is_sure(tmp_path):
     )
     picture = coco.draw(torch.zeros(3, 40, 60), found, [dict(name="cat"), dict(name="dog")])
     assert picture.shape == (3, 200, 300) and picture.dtype == torch.uint8
-    red, green = (picture[i].eq(255).sum() for i in (0, 1))
-    assert red > 0 and green == 0, "the sure one is red, the other not drawn"
+    red, lime, white = (
+        (picture == picture.new_tensor(rgb)[:, None, None]).all(dim=0).sum()
+        for rgb in ([255, 0, 0], [0, 255, 0], [255, 255, 255])
+    )
+    assert red > 0 and lime == 0, "the sure one is red, the other not drawn"
+    assert white > 0, "its name can be read"
     coco.save_pictures(tmp_path / "a.png", [[picture, picture[:, :50]], [picture]])
     assert coco.read_image(tmp_path / "a.png").shape == (3, 408, 608)
 
