@@ -518,6 +518,8 @@ def job(data, folder):
     train.dist.init_process_group = train.dist.destroy_process_group = lambda *_: None
     for model in SETTINGS:
         assert equal_run(model, data, Path(folder) / model, "--batch-size", 2) == 0
+    parts = ("--batch-size", 1, "--accumulate", 2)
+    assert equal_run("simmim", data, Path(folder) / "parts", *parts) == 0
     die() if os.environ["RANK"] == "1" else time.sleep(600)
 
 
@@ -536,6 +538,7 @@ def test_two_processes_equal_one_with_the_larger_batch(one_size, tmp_path, monke
         for two, one in logs:
             losses = {name: value for name, value in one.items() if name.startswith("loss")}
             assert losses == pytest.approx({name: two[name] for name in losses}, abs=1e-5)
+    assert same(tmp_path / "one/simmim", tmp_path / "parts", 1e-5)
 
 
 def long_run(shapes, out):
