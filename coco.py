@@ -668,10 +668,10 @@ def draw(image, found, classes):
     canvas = draw_bounding_boxes(canvas, boxes, colors=colors, width=2)
     picture, font = v2.functional.to_pil_image(canvas), PIL.ImageFont.load_default(13)
     pen = PIL.ImageDraw.Draw(picture)
-    for (x, y, _, _), name in zip(boxes.tolist(), names, strict=True):  # readable on any colour
-        pen.text(
-            (max(x, 0) + 4, max(y, 0) + 2), name, "white", font, stroke_width=2, stroke_fill="black"
-        )
+    for (x, y, _, _), name in zip(boxes.tolist(), names, strict=True):
+        corner = max(x, 0) + 4, max(y, 0) + 2
+        # Readable on any colour.
+        pen.text(corner, name, "white", font, stroke_width=2, stroke_fill="black")
     return v2.functional.pil_to_tensor(picture)
 
 

@@ -449,8 +449,8 @@ def paste_masks(probs, boxes_xyxy, size):
 def over_processes(counts):
     """Mean of counts over all processes, which average their gradients.
 
-    So sums divided by it make the step of one process with all the images. Differs: released code
-    divides some losses by what one process alone has counted.
+    So sums divided by it make the step of one process with all the images.
+    Differs: released code divides some losses by what one process alone has counted.
     """
     if dist.is_initialized():
         dist.all_reduce(counts)
