@@ -257,7 +257,7 @@ def reading(path):
 
 
 RUN = dict(variant=str, seed=int, classes=list, config=dict, recipe=dict, plan=dict, model=dict)
-RUN |= dict(optimizer=dict, step=int, best=float, seconds=float)
+RUN |= dict(optimizer=dict, step=int, evaluated=int, best=float, seconds=float)
 PLAN = dict(about=str, schedule=int, batch_size=int, lr=float)
 CLASS = dict(id=int | str, name=str)
 
@@ -265,6 +265,7 @@ CLASS = dict(id=int | str, name=str)
 def check_run(path, data):
     """Refuse a file that says it is a run of ours if its parts are not what save_run writes."""
     with reading(path):
+        data.setdefault("evaluated", data["step"])  # written before there was this entry
         rows = [(row, CLASS) for row in data["classes"]]
         for part, kinds in [(data, RUN), (data["plan"], PLAN), *rows]:
             for key, kind in kinds.items():
@@ -551,10 +552,11 @@ def start(args, net, saved, dataset):
         net.prepare([dataset[i, i][0] for i in range(min(256, len(dataset)))])
     groups = MODELS[args.model].param_groups(net, args.recipe)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    args.began, step, best = time.time(), 0, -math.inf
+    args.began, args.evaluated, step, best = time.time(), 0, 0, -math.inf
     if saved:
         load_optimizer(optimizer, args.resume, saved["optimizer"].get("state"))
         args.began, step, best = args.began - saved["seconds"], saved["step"], saved["best"]
+        args.evaluated = saved["evaluated"]
         say(args, f"resuming after step {step}")
         if step >= args.steps:
             how = "with --init and another --out" if step >= args.total_steps else "by more --steps"
@@ -588,12 +590,12 @@ def train(args, net, saved, dataset, held_out):
     model, optimizer, batches, first, best = start(args, net, saved, dataset)
     eval_every = math.ceil(args.total_steps / EVALUATIONS)
     log_every = max(1, min(50, eval_every // 4))
-    if not first and args.rank == 0:
-        (args.out / "log.jsonl").write_text("")
+    trim_log(args, first)
     interrupted, metrics = listen(args), None
-    if first >= args.steps:
-        metrics = evaluate(args, net, held_out, "end")
-        keep_best(args, net, optimizer, first, best, metrics)
+    missed = args.evaluated < first and first % eval_every == 0  # the run ended before or in it
+    if missed or first >= args.steps:
+        metrics = evaluate(args, net, held_out, f"epoch-{first / args.per_epoch:06.2f}")
+        best = keep_best(args, net, optimizer, first, best, metrics)
     shown, clock, written = first, time.time(), time.time()
     for step in range(first, args.steps):
         losses = train_step(args, model, optimizer, batches, step)
@@ -618,6 +620,19 @@ def train(args, net, saved, dataset, held_out):
     return metrics
 
 
+def trim_log(args, step):
+    """Leave in log.jsonl what was saved up to this step: the rest is done, and said, again."""
+    if args.rank:
+        return
+    path, kept = args.out / "log.jsonl", []
+    for line in path.read_bytes().splitlines(keepends=True) if step and path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a full disk leaves half a line
+            about = json.loads(line)
+            if about["step"] <= (step if "lr" in about else args.evaluated):
+                kept.append(line)
+    write_whole(path, lambda file: file.write(b"".join(kept)))
+
+
 def leave(args, step):
     list_skipped(args)  # waits for all: whoever leaves first ends those who write
     last = args.out / "last.pt"
@@ -636,6 +651,7 @@ def list_skipped(args):
 
 def keep_best(args, net, optimizer, step, best, metrics):
     """Log an evaluation; write result.json, and best.pt if the first metric beats the best."""
+    args.evaluated = step
     if args.rank:
         return best
     log_line(args, step=step, epoch=step / args.per_epoch, **metrics)
@@ -654,8 +670,9 @@ def save_run(args, net, optimizer, step, best, name="last.pt"):
         return
     data = dict(name=args.model, variant=args.variant, seed=args.seed, classes=args.classes)
     data |= dict(model=net.state_dict(), optimizer=optimizer.state_dict(), step=step, best=best)
-    data |= dict(images_seen=step * args.total_batch, seconds=time.time() - args.began)
     data |= dict(config=dataclasses.asdict(net.config), recipe=args.recipe, plan=args.plan)
+    data |= dict(images_seen=step * args.total_batch, seconds=time.time() - args.began)
+    data |= dict(evaluated=args.evaluated)  # the step after which the last evaluation was
     write_whole(args.out / name, lambda file: torch.save(data, file))
 
 

@@ -115,6 +115,10 @@ def in_the_middle(file, data, write=torch.save):
     write(data, Half())
 
 
+def log_without_speed(folder):
+    return [{k: v for k, v in line.items() if "per_second" not in k} for line in log_of(folder)]
+
+
 def killed(monkeypatch, where, *args):
     """Run in a process that is killed at a certain moment."""
     if (child := os.fork()) == 0:
@@ -126,26 +130,26 @@ def killed(monkeypatch, where, *args):
 
 
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(finished, shapes, tmp_path, monkeypatch):
-    step, batches = train.train_step, "--batch-size 4".split()
+    step, keep, batches = train.train_step, train.keep_best, "--batch-size 4".split()
 
     def in_step(number):
         return lambda *args: die() if args[-1] == number else step(*args)
 
-    moments = [
-        [("train.train_step", in_step(3))],
-        [("train.os.replace", die)],
-        [("train.torch.save", lambda data, file: in_the_middle(file, data))],
-        [("train.keep_best", die)],
+    moments = [  # and the step that is then saved
+        ([("train.evaluate", die)], 2),
+        ([("train.train_step", in_step(3))], 3),
+        ([("train.os.replace", die)], 3),
+        ([("train.torch.save", lambda data, file: in_the_middle(file, data))], 3),
+        ([("train.keep_best", lambda *args: (keep(*args), die()))], 4),
     ]
     args = ("yolos", "--data", shapes, "--out", tmp_path, "--steps", 6, *batches)
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
-    for where in moments:
+    for where, step_saved in moments:
         resume = ["--resume"] if (tmp_path / "last.pt").exists() else []
         assert killed(monkeypatch, where, *args, *resume) == signal.SIGKILL
-        before = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
-        assert before == 3 or where == moments[-1]
+        assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == step_saved
     assert run(*args, "--resume") == 0
-    assert same(finished, tmp_path)
+    assert same(finished, tmp_path) and log_without_speed(finished) == log_without_speed(tmp_path)
     assert not list(tmp_path.glob("*.partial"))
 
 
