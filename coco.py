@@ -711,13 +711,11 @@ def draw_curves(path, runs):
     """
     losses, measures = {}, {}
     for name, lines in runs.items():
-        steps = {x["step"]: x for x in lines if "lr" in x}  # what a resumed run did again counts
-        losses[name] = sorted(
-            (x["epoch"], sum(v for k, v in x.items() if k.startswith("loss_")))
-            for x in steps.values()
-        )
-        evaluations = {x["step"]: x for x in lines if "lr" not in x}
-        measures[name] = sorted((x["epoch"], [*x.values()][2]) for x in evaluations.values())
+        steps = [x for x in lines if "lr" in x]
+        losses[name] = [
+            (x["epoch"], sum(v for k, v in x.items() if k.startswith("loss_"))) for x in steps
+        ]
+        measures[name] = [(x["epoch"], [*x.values()][2]) for x in lines if "lr" not in x]
     save_pictures(path, [[draw_panel("loss", losses), draw_panel("measure", measures)]])
 
 
