@@ -33,12 +33,14 @@ def log_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def few_evaluations():
-    train.EVALUATIONS = 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "EVALUATIONS", 2)
+        yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(shapes, tmp_path_factory):
     """A run of 2 epochs of 6 steps."""
     out = tmp_path_factory.mktemp("runs") / "finished"
