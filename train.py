@@ -104,7 +104,7 @@ def override(settings, *tables, where="--set"):
         if not equals or table is None:
             known = [field for t in tables for field in t]
             near = difflib.get_close_matches(name, known, 1) if equals and where == "--set" else []
-            advice = f"did you mean {near[0]}?" if near else f"with a field of {', '.join(known)}"
+            advice = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
             raise DataError(f"{where} {setting}: give FIELD=VALUE; {advice}")
         try:
             table[name] = parse_value(text, table[name])
