@@ -247,7 +247,7 @@ def test_a_malicious_or_foreign_file_is_refused(finished, shapes, tmp_path, caps
     ("args", "message"),
     [
         (["--set", "depht=3"], "--set depht=3: give FIELD=VALUE; did you mean depth?"),
-        (["--set", "wings=3"], "--set wings=3: give FIELD=VALUE; with a field of embed_dim"),
+        (["--set", "wings=3"], "--set wings=3: give FIELD=VALUE; the fields are embed_dim"),
         (["--set", "depth=many"], "depth is now 4, give a value like it"),
         (["--set", "depth"], "give FIELD=VALUE"),
         (
