@@ -1192,12 +1192,25 @@ def test_deit_weights_arrive_in_yolos(rows):
 
 def test_released_class_rows_are_reduced_to_the_80_categories():
     weight = torch.arange(92.0)[:, None].expand(92, 4)
-    source = {"backbone.det_token": torch.zeros(1), "class_embed.layers.2.weight": weight}
+    source = {"backbone.det_token": torch.zeros(1, 100, 4), "class_embed.layers.2.weight": weight}
     source["class_embed.layers.2.bias"] = torch.arange(92.0)
     rows = yolos.from_official({"model": source})["class_embed.layers.2.weight"][:, 0].tolist()
     assert len(rows) == 81 and rows[:12] == [*range(1, 12), 13] and rows[-2:] == [90, 91]
     assert not {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83} & set(rows)
     assert len(yolos.from_official(source, num_classes=91)["class_embed.layers.2.bias"]) == 92
+
+
+@pytest.mark.parametrize("number", [4, 30])
+def test_another_number_of_tokens_keeps_the_places_of_the_patches(number):
+    config = replace(TINY_YOLOS, **PLAIN)
+    source, model = yolos.build(config, 80), yolos.build(replace(config, det_tokens=number), 80)
+    state = yolos.from_official(source.state_dict(), model.config)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert missing == ["backbone.det_token"] and not unexpected
+    for name in ("pos_embed", "mid_pos_embed"):
+        kept, table = getattr(model.backbone, name), getattr(source.backbone, name)
+        assert kept.shape[-2] == table.shape[-2] - config.det_tokens + number
+        assert torch.equal(kept[..., :-number, :], table[..., : -config.det_tokens, :])
 
 
 def test_an_encoder_goes_from_mimdet_to_yolos(model):

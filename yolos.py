@@ -620,7 +620,7 @@ def from_official(state_dict, config=CONFIGS["base"], num_classes=80):
     object": num_classes=80 keeps those of its 80 categories, 91 all. Reads ViTs named as in timm:
     DeiT, also distilled, MAE and this project's encoders. Their position table is resized to
     config.pos_grid; what has no place here (classifiers, distillation token, decoders) is left
-    out, and [DET] tokens begin as if untrained.
+    out, and [DET] tokens begin as if untrained. So they do if a YOLOS has another number of them.
     """
     state = state_dict.get("model", state_dict)
     if "backbone.det_token" in state:
@@ -628,6 +628,13 @@ def from_official(state_dict, config=CONFIGS["base"], num_classes=80):
         for key in ("class_embed.layers.2.weight", "class_embed.layers.2.bias"):
             if num_classes == 80 and len(state[key]) == 92:
                 state[key] = state[key][[*COCO_IDS, 91]]
+        number, known = config.det_tokens, state["backbone.det_token"].shape[1]
+        if number != known:
+            del state["backbone.det_token"]
+            for key in [key for key in state if key.endswith("pos_embed")]:
+                patches, start = state[key][..., :-known, :], initial_positions(config)
+                det = start[..., -number:, :].expand(*patches.shape[:-2], -1, -1)
+                state[key] = torch.cat([patches, det], dim=-2)
         return state
     vit = {key.removeprefix("encoder."): value for key, value in state.items()}
     wanted = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
