@@ -7,6 +7,8 @@ back together, and the hybrid is the backbone of an ordinary Mask R-CNN.
 Flow: image (B, 3, H, W) -> stem maps of strides 4, 8, 16 -> half of the N tokens (B, N/2, C)
       -> encoder -> all tokens (B, N, C') -> decoder -> FPN p2..p6 -> proposals
       -> boxes (D, 4), scores (D,), labels (D,), masks (D, H, W)
+Positions: fixed sine-cosine, before tokens are dropped in `Encoder` and again in the decoder.
+Loss: RPN by `rpn_batch` an image, boxes by the regions drawn, masks by those of objects.
 Padding: seen by the stem's GroupNorm, attention and RPN, as released; its tokens are sampled only
       where real ones run out. In prediction only images of equal padded size share a batch.
 Compare: yolos.py has no pyramid, anchors or proposals; pvt.py builds the pyramid inside the
@@ -519,7 +521,7 @@ BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
 def rpn_losses(logits, deltas, anchors, targets, batch):
-    """Objectness cross-entropy and L1 on deltas, both divided by `batch` an image, however few."""
+    """Objectness cross-entropy and L1 of deltas, over `batch` x images however few are drawn."""
     logits, deltas, anchors = torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors)
     loss_cls = loss_box = 0.0
     for logit, delta, target in zip(logits, deltas, targets, strict=True):

@@ -5,8 +5,10 @@ three times, like a CNN, so that any dense head can stand on it. What makes so m
 affordable: keys and values come from a map that a strided convolution has shrunk (SRA).
 Flow: image (B, 3, H, W) -> four stages (B, C, H/4, W/4) ... (B, C, H/32, W/32) -> one head:
       classes, RetinaNet's boxes on five levels, DETR's set of boxes, or a map of classes
-Padding: seen by the four stages, as released, RetinaNet and Semantic FPN; masked in the attention
-      of DETR and Trans2Seg. In prediction only images of equal padded size share a batch.
+Positions: a learned table a stage; v2 has none; DETR and Trans2Seg add sine waves.
+Loss: RetinaNet by the anchors with an object, DETR as in yolos.py, the others a mean.
+Padding: the four stages (as released), RetinaNet and Semantic FPN see it; in the attention of DETR
+      and Trans2Seg it is masked. In prediction only images of equal padded size share a batch.
 Compare: mimdet.py builds a pyramid around a plain ViT; yolos.py needs none; the DETR head's
 matching and losses are yolos.py's.
 """
@@ -396,6 +398,7 @@ def check_stages(c):
 def resize_positions(table, grid):
     """Position table (1, [1 +] h * h, C) -> rows for a grid (H, W): (1, H * W, C), and the first.
 
+    Bilinear, as released, where the plain ViTs' `resize_grid` is bicubic.
     Differs: the released code leaves a table alone wherever the image has as many patches as the
     first stage's table, whatever their arrangement; with another table that crashes (448 x 448).
     """

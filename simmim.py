@@ -5,7 +5,9 @@ encoder, and predict the hidden pixels with one linear layer and an L1 loss. Not
 to pre-train a ViT or a Swin, and each choice (mask, head, target, loss) is a field of Config.
 Flow: image (B, 3, H, W), mask (B, H/p, W/p) -> patches, the hidden ones replaced (B, N, C)
       -> encoder (B, C, H/s, W/s) -> head -> pixels (B, 3, H, W)
-Padding: none, images are squares of one size.
+Mask: `hide` exchanges embeddings, before positions are added (True: hidden; in Attention: seen).
+Positions: fixed sine-cosine in "vit", relative tables inside the attention of "beit" and "swin".
+Loss: mean over the hidden pixels of the batch. Padding: none, images are squares of one size.
 Compare: mimdet.py and yolos.py begin with the encoder that is trained here; mimdet.py drops tokens
 where this file replaces them.
 """

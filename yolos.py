@@ -6,6 +6,8 @@ interest, no non-maximum suppression, nothing two-dimensional but the patches. H
 says how much of a detector is in the pre-trained sequence model itself.
 Flow: image (B, 3, H, W) -> patches (B, N, C) -> [class, patches, DET] (B, 1 + N + Q, C) -> blocks
       -> last Q tokens (B, Q, C) -> logits (B, Q, K + 1), boxes (B, Q, 4)
+Positions: a learned table, resized to each image; in -S and -B one more after each block.
+Loss: class by the weights of all tokens, "no object" 0.1; boxes by the objects of the batch.
 Padding: no token attends to it; in training nano's conv stem has it in its GroupNorm. In prediction
       only images of equal padded size share a batch.
 Compare: mimdet.py puts the same blocks under a pyramid and Mask R-CNN; pvt.py's DETR head has the
@@ -38,7 +40,7 @@ class Config:
     depth: int = 12  # blocks
     num_heads: int = 12
     patch: int = 16  # side of the patches; 16 with stem="conv"
-    det_tokens: int = 100  # Q: at most so many objects are found in an image (Sec. 3.1)
+    det_tokens: int = 100  # Q: any number; at most so many objects are found in an image (Sec. 3.1)
     pos_grid: tuple = (50, 84)  # patches (h, w) in the stored position table: 800 x 1344 px
     mid_pos_grid: tuple = (50, 84)  # of the tables added between the blocks; () has none (Table 9)
     no_object_weight: float = 0.1  # of the tokens without an object in the classification loss
