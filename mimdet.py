@@ -790,13 +790,32 @@ RENAMES = [
 ]
 
 
+def plain_blocks(state):
+    """State dict in which the blocks of a BeiT (SimMIM's ViT) have become those of a plain ViT.
+
+    Layer scale goes into the layers before it, the biases of q and v (k has none) into one. What is
+    lost: relative positions, whose tables have no place here.
+    """
+    state = dict(state)
+    for key in [key for key in state if key.endswith(("gamma_1", "gamma_2"))]:
+        scale = state.pop(key)
+        name = re.sub("gamma_[12]$", "attn.proj" if key.endswith("1") else "mlp.fc2", key)
+        state[f"{name}.weight"] = state[f"{name}.weight"] * scale[:, None]
+        state[f"{name}.bias"] = state[f"{name}.bias"] * scale
+    for key in [key for key in state if key.endswith("attn.q_bias")]:
+        q, v = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
+        state[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+    return {key: value for key, value in state.items() if "relative_position" not in key}
+
+
 def from_official(state_dict, config=CONFIGS["base"]):
     """Checkpoint of the authors, or any plain ViT, in this file's names.
 
     Reads MIMDet's releases, whole or backbone alone (v2: fill="conv"; v1: fill="mask", and grid=14
-    if its tables have 197 rows), MAE with its decoder, and ViTs named as in timm. The table of a
-    plain ViT is resized to config.grid, as the authors do. What has no place here (class token,
-    MAE's later decoder blocks, the patch embedding unless config.stem is "patch") is left out.
+    if its tables have 197 rows), MAE with its decoder, and ViTs: SimMIM's, YOLOS's, those named as
+    in timm, whose table is resized to config.grid, as the authors do. What has no place here (class
+    and [DET] tokens, MAE's later decoder blocks, the patch embedding unless config.stem is "patch")
+    is left out.
     """
     state = {}
     for key, value in state_dict.get("model", state_dict).items():
@@ -810,9 +829,10 @@ def from_official(state_dict, config=CONFIGS["base"]):
     wanted += ["decoder_embed.", "decoder_norm.", "decoder_pos_embed"]
     wanted += ["patch_embed."] if config.stem == "patch" else []
     wanted += ["mask_token"] if config.fill == "mask" and "decoder_embed.weight" in state else []
+    state.pop("backbone.pos_embed", None)  # YOLOS's, with rows of its [DET] tokens
     vit = {}
-    for key, value in state.items():
-        key = key.removeprefix("encoder.")
+    for key, value in plain_blocks(state).items():
+        key = key.removeprefix("encoder.").removeprefix("backbone.")
         if key.startswith(tuple(wanted)):
             vit[("decoder." if key.startswith(("decoder_", "mask_")) else "encoder.") + key] = value
     for key in [key for key in vit if key.endswith("pos_embed")]:

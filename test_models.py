@@ -1296,6 +1296,42 @@ def test_an_encoder_goes_from_simmim_to_the_detectors():
             assert torch.equal(proj, source.encoder.patch_embed.proj.weight)
 
 
+@pytest.mark.parametrize("task", ["pretrain", "classify"])
+@torch.no_grad()
+def test_simmims_own_vit_works_in_the_detectors_as_it_did(task):
+    """Its blocks have layer scale and no bias of k; relative positions, here 0, are lost."""
+    config = replace(TINY_SIMMIM, encoder="beit", embed_dim=64, task=task)
+    source = simmim.build(config, 3)
+    for name, p in source.encoder.named_parameters():
+        p.copy_(torch.zeros_like(p) if "relative_position" in name else torch.randn_like(p) / 5)
+    x = torch.randn(2, 65, 64)
+    for module, tiny in ((mimdet, TINY), (yolos, TINY_YOLOS)):
+        detector_config = replace(tiny, embed_dim=64, depth=2, num_heads=2)
+        detector = module.build(detector_config, 3)
+        state = module.from_official({"model": source.state_dict()}, detector_config)
+        _, unexpected = detector.load_state_dict(state, strict=False)
+        assert all("patch_embed" in key for key in unexpected)
+        found = wanted = x
+        ours = detector.encoder if module is mimdet else detector.backbone
+        for block, released in zip(ours.blocks, source.encoder.blocks, strict=True):
+            bias = torch.zeros(2, 65, 65) if task == "pretrain" else None
+            found, wanted = block(found), released(wanted, bias)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_goes_from_yolos_to_mimdet():
+    config = replace(TINY, embed_dim=64, depth=2, num_heads=2)
+    source = yolos.build(replace(TINY_YOLOS, embed_dim=64, depth=2, num_heads=2), 3)
+    detector = mimdet.build(config, 3)
+    table = detector.encoder.pos_embed.clone()
+    _, unexpected = detector.load_state_dict(
+        mimdet.from_official(source.state_dict(), config), strict=False
+    )
+    assert not unexpected and torch.equal(detector.encoder.pos_embed, table)
+    for name, p in source.backbone.blocks.named_parameters():
+        assert torch.equal(detector.get_parameter(f"encoder.blocks.{name}"), p), name
+
+
 # --- The files as texts ---------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ same matching and losses, but a decoder of its own.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from functools import partial
 
@@ -615,13 +616,31 @@ UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 COCO_IDS = [i for i in range(1, 91) if i not in UNUSED_IDS]
 
 
+def plain_blocks(state):
+    """State dict in which the blocks of a BeiT (SimMIM's ViT) have become those of a plain ViT.
+
+    Layer scale goes into the layers before it, the biases of q and v (k has none) into one. What is
+    lost: relative positions, whose tables have no place here.
+    """
+    state = dict(state)
+    for key in [key for key in state if key.endswith(("gamma_1", "gamma_2"))]:
+        scale = state.pop(key)
+        name = re.sub("gamma_[12]$", "attn.proj" if key.endswith("1") else "mlp.fc2", key)
+        state[f"{name}.weight"] = state[f"{name}.weight"] * scale[:, None]
+        state[f"{name}.bias"] = state[f"{name}.bias"] * scale
+    for key in [key for key in state if key.endswith("attn.q_bias")]:
+        q, v = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
+        state[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+    return {key: value for key, value in state.items() if "relative_position" not in key}
+
+
 def from_official(state_dict, config=CONFIGS["base"], num_classes=80):
     """Checkpoint of the authors, or any plain ViT, in this file's names.
 
     Reads YOLOS's releases, whose class layer has a row for each of COCO's ids 0..90 and one for "no
     object": num_classes=80 keeps those of its 80 categories, 91 all. Reads ViTs named as in timm:
-    DeiT, also distilled, MAE and this project's encoders. Their position table is resized to
-    config.pos_grid; what has no place here (classifiers, distillation token, decoders) is left
+    DeiT, also distilled, MAE, SimMIM's and this project's encoders. Their position table is resized
+    to config.pos_grid; what has no place here (classifiers, distillation token, decoders) is left
     out, and [DET] tokens begin as if untrained. So they do if a YOLOS has another number of them.
     """
     state = state_dict.get("model", state_dict)
@@ -638,7 +657,7 @@ def from_official(state_dict, config=CONFIGS["base"], num_classes=80):
                 det = start[..., -number:, :].expand(*patches.shape[:-2], -1, -1)
                 state[key] = torch.cat([patches, det], dim=-2)
         return state
-    vit = {key.removeprefix("encoder."): value for key, value in state.items()}
+    vit = {key.removeprefix("encoder."): value for key, value in plain_blocks(state).items()}
     wanted = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
     vit = {"backbone." + key: value for key, value in vit.items() if key.startswith(wanted)}
     if "backbone.pos_embed" in vit:
