@@ -184,11 +184,16 @@ def test_losses_and_gradients_equal_the_released_ones(detector, case, monkeypatc
     names = {"loss_box": "loss_box_reg", "loss_rpn_box": "loss_rpn_loc"}
     for name, loss in losses.items():
         wanted = expected[names.get(name, name)]
-        assert abs(loss.item() - wanted) <= 1e-4 * max(1, wanted), (name, loss.item(), wanted)
+        assert loss.item() == pytest.approx(wanted, rel=1e-4), name
     sum(losses.values()).backward()
     recorded = golden["cases"][f"{case}/polygon"]
-    for key, wanted in recorded["grad"].items():  # the released gradients carry 4e-4 of noise
-        assert_close(wanted, key, model.get_parameter(our_name(key)).grad, tolerance=1e-3)
+    for key, wanted in recorded["grad"].items():
+        # Through BatchNorm's statistics the released gradients carry noise; their mask targets are
+        # cut from polygons, where the losses above are of bitmasks, as here.
+        mask, head = "mask_head" in key, key.startswith(("proposal_generator", "roi_heads"))
+        tolerance = 0.5 if mask else 1e-4 if head else 0.05
+        gradient = model.get_parameter(our_name(key)).grad
+        assert_close(wanted, key, gradient, tolerance, scale=wanted["std"])
     for key, wanted in recorded["bn_after_step"].items():
         assert_close(wanted, key, model.get_buffer(our_name(key)))
 
