@@ -165,15 +165,18 @@ def read_annotations(file):
 def read_image(path, size=None):
     """RGB tv_tensors.Image (3, H, W) uint8 as a viewer shows it; size (H, W): the annotations'.
 
-    A camera's rotation tag is followed unless only the unrotated image has that size.
+    A camera's rotation tag is followed unless only the unrotated image has that size; what is
+    transparent is shown.
     """
     try:
         with PIL.Image.open(path) as file:
             image = PIL.ImageOps.exif_transpose(file)
             if size and image.size != (size[1], size[0]):
                 image = file
+            if image.mode == "F":
+                raise ValueError("its pixels are fractions, of which nobody says how large")
             if image.mode.startswith("I"):  # 16 bits
-                image = PIL.Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+                image = PIL.Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype("uint8"))
             image = v2.functional.to_image(image.convert("RGB"))
     except Exception as error:  # damaged files have brought up many kinds
         reason = error if os.path.exists(path) else "no such file"
@@ -188,14 +191,16 @@ def read_image(path, size=None):
 
 
 def usable(annotations, image_of):
-    """Those with some of their box inside their image, and with what the json may leave out."""
+    """Those whose box, clipped to their image, has an area; with what the json may leave out."""
     rows = []
     for annotation in annotations:
         image, (x, y, w, h) = image_of[annotation["image_id"]], annotation["bbox"]
-        inside = min(x + w, image["width"]) - max(x, 0), min(y + h, image["height"]) - max(y, 0)
-        if min(inside) > 1e-3:  # more than rounding leaves
+        left, top = max(x, 0), max(y, 0)
+        w, h = min(x + w, image["width"]) - left, min(y + h, image["height"]) - top
+        if min(w, h) > 1e-3:  # more than rounding leaves
             a = {"iscrowd": 0, "segmentation": [], "area": w * h}
             a |= {key: value for key, value in annotation.items() if value is not None}
+            a["bbox"] = [left, top, w, h]
             if isinstance(a["segmentation"], list):  # without polygons that enclose nothing
                 a["segmentation"] = [polygon for polygon in a["segmentation"] if len(polygon) >= 6]
             rows.append(a | {"id": len(rows) + 1})  # COCOeval takes 0 for "no match"
@@ -283,7 +288,7 @@ class CocoDataset(Dataset):
         image, objects = self.read_file(self.images[index]), self.objects[index]
         size = image.shape[-2:]
         boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
-        boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), size)
+        boxes = box_convert(boxes, "xywh", "xyxy")
         target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
             "labels": torch.tensor([self.label_of[a["category_id"]] for a in objects]).long(),
@@ -377,10 +382,12 @@ class Pictures(CocoDataset):
         else:
             self.folder, self.transform = Path(root), transform
             files = sorted(f for f in self.folder.rglob("*") if is_image_file(f.name))
+            if len(files) < 2:
+                raise DataError(
+                    f"{root}: no annotations, and {len(files)} images; give two or more"
+                )
             held = files[9::10] or files[-1:]
             files = (held if split == "val" else sorted({*files} - {*held}))[:limit]
-            if not files:
-                raise DataError(f"{root}: neither annotations nor images to {split} on")
             names = [str(file.relative_to(root)) for file in files]
             # Every picture becomes a square: its own shape does not matter.
             self.images = [
@@ -406,7 +413,8 @@ def finish(image, target):
     boxes = target["boxes"] = clip_boxes_to_image(target["boxes"], size)
     keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     if "polygons" in target:
-        polygons = [[p.flatten() for p in each] for each in target.pop("polygons")]
+        # Not too far outside, where pycocotools crashes.
+        polygons = [[p.flatten().clip(-1e6, 1e6) for p in each] for each in target.pop("polygons")]
         masks = [mask_api.merge(mask_api.frPyObjects(each, *size)) for each in polygons]
         target["masks"] = torch.from_numpy(mask_api.decode(masks)).permute(2, 0, 1)
     if "masks" in target:
@@ -444,6 +452,11 @@ class Transform:
 
     def __init__(self, recipe, train, task="detect"):
         self.recipe, self.train, self.task = recipe, train, task
+        crop, share = recipe["crop"], task in ("classify", "pretrain")
+        if share and not (recipe["sizes"] and len(crop) in (0, 2) and max(crop, default=1) <= 1):
+            raise DataError("--set: give sizes=128, and crop=0.5,1.0 or crop=")
+        if [*crop] != sorted(crop) or not share and (len(crop) > 2 or {*map(type, crop)} - {int}):
+            raise DataError("--set crop: give the least before the most; pixels for a detector")
 
     def __call__(self, image, target):
         r, train = self.recipe, self.train
@@ -451,8 +464,6 @@ class Transform:
             flip, width = v2.functional.horizontal_flip, image.shape[-1]
             image, target = follow(flip, image, target, (-1, 1), (width, 0))
         if self.task in ("classify", "pretrain"):
-            if not r["sizes"] or len(r["crop"]) not in (0, 2):
-                raise DataError("--set: give sizes=128, and crop=0.5,1.0 or crop=")
             side = [r["sizes"][-1]] * 2
             how = v2.InterpolationMode("bicubic" if self.task == "classify" else "bilinear")
             if train and r["crop"]:

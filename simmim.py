@@ -548,6 +548,8 @@ def check_choices(c):
         raise ValueError("mask_patch must divide img_size, and patch mask_patch")
     if not 0 < c.mask_ratio <= 1 or len(c.depths) != len(c.num_heads):
         raise ValueError("mask_ratio is a share, and each stage has depths and num_heads")
+    if c.freeze and c.task != "classify" or min(c.clusters, c.window) < 1:
+        raise ValueError("freeze goes with task=classify; clusters and window are 1 or more")
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -597,11 +599,13 @@ class Target(nn.Module):
         return F.unfold(self.shrink(x), self.side, stride=self.side).transpose(1, 2)
 
     def fit(self, images, seed=0):
-        """Find the codes by k-means over pictures (n, 3, H, W), normalised."""
+        """Find the codes by k-means over pictures (n, 3, H, W), normalised, from pieces drawn."""
         rows = self.pieces(images).flatten(0, 1)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         rows = rows[order[: 64 * len(self.codes)]].double().numpy()
-        found, _ = kmeans2(rows, len(self.codes), minit="++", seed=seed)
+        start = np.random.default_rng(seed).permutation(np.unique(rows, axis=0))
+        start = np.resize(start, self.codes.shape)  # k-means++ would take minutes for 512
+        found, _ = kmeans2(rows, start, minit="matrix")
         self.codes.copy_(torch.from_numpy(found))
 
     def error(self, found, x):
@@ -654,6 +658,7 @@ class SimMIM(nn.Module):
             self.head.weight.data *= 0.001 if after else 1  # as released
             if c.freeze:
                 self.encoder.requires_grad_(False)
+                self.fc_norm.requires_grad_(False)
         else:
             self.target = Target(c, self.encoder.stride)
             resolution = self.target.resolution
@@ -666,7 +671,7 @@ class SimMIM(nn.Module):
 
         images: list of (3, h, w) floats in [0, 1], all of one size that mask_patch divides.
         targets: list of dicts, of which "classify" reads labels (1,). mask: (B, H/p, W/p) bool, in
-        training drawn at random by default, else from the pictures themselves. Returns
+        training drawn at random by default, else from the pictures themselves; B may be 1. Returns
         dict(loss_name=scalar), or a list of dict(reconstruction (3, h, w) with the visible patches
         pasted back, masked (3, h, w), mask (h, w) bool, l1: mean error of the hidden pixels in
         units of the normalised image, baseline: the same for the mean visible colour); of
@@ -681,6 +686,7 @@ class SimMIM(nn.Module):
             return {"loss_cls": F.cross_entropy(logits, labels)}
         if mask is None:
             mask = self.draw_masks(images, targets is None).to(x.device)  # (B, H/p, W/p)
+        mask = mask.expand(len(x), -1, -1)  # or one for all
         found = self.decoder(self.encoder(x, mask)).float()  # (B, out, H/r, W/r)
         if targets is not None:
             return {"loss_mim": self.masked_loss(found, x, mask)}

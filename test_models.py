@@ -1056,8 +1056,16 @@ def test_answers_of_simmim_are_the_same_each_time_and_in_company():
     )
 
 
-def test_a_linear_probe_trains_the_classifier_alone():
-    model = simmim_model(task="classify", freeze=True)
+def test_one_mask_serves_a_batch():
+    model, images = simmim_model().eval(), list(torch.rand(3, 3, 64, 64))
+    mask = torch.rand(1, 8, 8) < 0.5
+    one, three = (model(images, [{}] * 3, mask=m)["loss_mim"] for m in (mask, mask.repeat(3, 1, 1)))
+    assert one == three
+
+
+@pytest.mark.parametrize("encoder", ["vit", "beit"])
+def test_a_linear_probe_trains_the_classifier_alone(encoder):
+    model = simmim_model(encoder, task="classify", freeze=True)
     groups = simmim.param_groups(model, simmim.RECIPES["classify"])
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.head.parameters()}
 

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import errno
 import itertools
 import json
 import math
@@ -81,8 +82,10 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     for name in ("epochs", "steps", "batch_size", "accumulate", "lr", "limit", "workers"):
         value = getattr(args, name)
-        if value is not None and (value < 0 or value == 0 and name != "workers"):
+        if value is not None and not (0 < value < math.inf or value == 0 and name == "workers"):
             parser.error(f"--{name.replace('_', '-')} {value}: give more than 0")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed {args.seed}: give 0 or more, below 2**63")
     return args
 
 
@@ -93,7 +96,8 @@ def parse_value(text, old):
         return type(old)(text)
     if text in ("cosine", "poly") or (isinstance(old, str) and not text[0].isdigit()):
         return text
-    return tuple(float(x) if "." in x else int(x) for x in text.split(",") if x)
+    whole = isinstance(old, tuple) and old and all(isinstance(x, int) for x in old)
+    return tuple(float(x) if "." in x and not whole else int(x) for x in text.split(",") if x)
 
 
 def override(settings, *tables, where="--set"):
@@ -147,20 +151,24 @@ def settings(args, path, saved):
 
 
 def check_numbers(table):
-    positive = ("lr", "batch_size", "epochs", "sizes", "max_size", "multiple")
+    positive = ("lr", "batch_size", "epochs", "sizes", "max_size", "multiple", "crop")
     for name, value in table.items():
         numbers = value if isinstance(value, tuple) else (value,)
         numbers = [n for n in numbers if isinstance(n, int | float)]
         if any(n < 0 or n == 0 and name in positive for n in numbers):
             raise DataError(f"--set {name}: {value} is too small")
+        if not all(n < math.inf and (n <= 1 or name != "drop_path") for n in numbers):
+            raise DataError(f"--set {name}: {value} is too large")
 
 
 def choose_out(args):
     """--out, or runs/MODEL-VARIANT[-N]: the newest one to read from, a free one to write into."""
-    trains = not (args.resume or args.eval_only or args.predict or args.benchmark)
+    trains = not (args.eval_only or args.predict or args.benchmark)
     if args.out or isinstance(args.resume, str):
         out = Path(args.out or Path(args.resume).parent)
-        if trains and (out / "last.pt").exists():
+        source = out if args.resume is True else args.resume and Path(args.resume).parent
+        goes_on = source and source.resolve() == out.resolve()
+        if trains and not goes_on and (out / "last.pt").exists():
             raise DataError(f"{out} holds a run; give --resume to go on with it, or another --out")
         return out
     reads = args.resume or (args.eval_only or args.predict) and not args.init
@@ -629,7 +637,7 @@ def trim_log(args, step):
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a full disk leaves half a line
             about = json.loads(line)
             if about["step"] <= (step if "lr" in about else args.evaluated):
-                kept.append(line)
+                kept.append(line.rstrip() + b"\n")
     write_whole(path, lambda file: file.write(b"".join(kept)))
 
 
@@ -645,7 +653,8 @@ def leave(args, step):
 def list_skipped(args):
     """What was wrong with the images that --skip-bad-images left out."""
     if skipped := sorted({*gather(args, [*args.skipped])}):
-        about = f"{len(skipped)} bad images skipped (in AP their objects count as missed):"
+        missed = "in AP their objects count as missed, other measures leave them out"
+        about = f"{len(skipped)} bad images skipped ({missed}):"
         say(args, "\n  ".join([about, *skipped]))
 
 
@@ -673,6 +682,8 @@ def save_run(args, net, optimizer, step, best, name="last.pt"):
     data |= dict(config=dataclasses.asdict(net.config), recipe=args.recipe, plan=args.plan)
     data |= dict(images_seen=step * args.total_batch, seconds=time.time() - args.began)
     data |= dict(evaluated=args.evaluated)  # the step after which the last evaluation was
+    if bad := [name for name, value in data["model"].items() if not value.isfinite().all()]:
+        raise not_finite(step, f"{', '.join(bad[:3])} of the model is not finite")
     write_whole(args.out / name, lambda file: torch.save(data, file))
 
 
@@ -963,7 +974,7 @@ def read_data(args, config, classes):
         raise DataError(f"--set task={task}: give pretrain or classify")
     if not args.eval_only:
         transform = coco.Transform(args.recipe, True, task)
-        dataset = coco.DATASETS[task](root, "train", transform, args.limit)
+        dataset = coco.DATASETS[task](root, "train", transform, args.limit, classes)
         classes = dataset.classes
         say(args, f"train: {'; '.join(dataset.notes)}")
     transform = coco.Transform(args.recipe, False, task)
@@ -983,7 +994,7 @@ def make_net(args, config, num_classes):
     torch.manual_seed(args.seed)
     try:
         net = module.build(module.Config(**config), num_classes)
-    except (ValueError, RuntimeError, ArithmeticError) as error:
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         if explain(error):
             raise
         raise DataError(f"--set: no such model: {str(error).splitlines()[0]}") from None
@@ -1010,6 +1021,8 @@ def report(args, metrics):
 def explain(error):
     """One line for what the user can mend; None for a bug, whose traceback is wanted."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full; make room, then go on with --resume"
     if isinstance(error, DataError | OSError):  # a loader process puts its traceback first
         return lines[-1].rpartition("coco.DataError: ")[2]
     if isinstance(error, MemoryError) or re.search("out of memory|DefaultCPUAllocator", lines[0]):
@@ -1019,6 +1032,9 @@ def explain(error):
 
 def main(argv=None):
     args = parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # file names may hold what the screen cannot show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         run(args)
     except Exception as error:

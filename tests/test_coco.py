@@ -163,6 +163,9 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
 
 
 def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    PIL.Image.fromarray(np.full((40, 60), 0.5, dtype=np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match="its pixels are fractions"):
+        coco.read_image(tmp_path / "a.tif")
     PIL.Image.fromarray(np.full((40, 60), 200 * 256, dtype=np.uint16)).save(tmp_path / "a.png")
     assert (coco.read_image(tmp_path / "a.png", (40, 60)) == 200).all()
 
@@ -563,7 +566,7 @@ def test_any_folder_of_images_serves_for_pre_training(tmp_path):
     with pytest.raises(DataError, match="cannot read image"):
         _ = [broken[i] for i in range(len(broken))]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="neither annotations nor images to train on"):
+    with pytest.raises(DataError, match="no annotations, and 0 images"):
         coco.Pictures(tmp_path / "empty", "train")
 
 

@@ -148,6 +148,8 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(finished, shapes, tmp_pa
         resume = ["--resume"] if (tmp_path / "last.pt").exists() else []
         assert killed(monkeypatch, where, *args, *resume) == signal.SIGKILL
         assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == step_saved
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 4, "lr"')  # a full disk leaves half a line
     assert run(*args, "--resume") == 0
     assert same(finished, tmp_path) and log_without_speed(finished) == log_without_speed(tmp_path)
     assert not list(tmp_path.glob("*.partial"))

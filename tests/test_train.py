@@ -261,6 +261,10 @@ def test_a_malicious_or_foreign_file_is_refused(finished, shapes, tmp_path, caps
         (["--set", "proposals=0"], "proposals, rpn_batch, roi_batch, anchor_scale and grid"),
         (["--set", "warmup=-1"], "--set warmup: -1 is too small"),
         (["--set", "max_size=0"], "--set max_size: 0 is too small"),
+        (["--set", "epochs=nan"], "--set epochs: nan is too large"),
+        (["--set", "drop_path=1.5"], "--set drop_path: 1.5 is too large"),
+        (["--set", "crop=600,384"], "--set crop: give the least before the most"),
+        (["--set", "crop=0.5,1.0"], "--set crop: give the least before the most; pixels for a det"),
         (["--variant", "huge"], "--variant huge: mimdet has nano, base, large"),
         (["--data", "nowhere"], "nowhere: no train split"),
         (["--resume"], "last.pt: no such file"),
@@ -277,12 +281,47 @@ def test_mistakes_are_answered_in_one_line(args, message, shapes, tmp_path, caps
 
 @pytest.mark.parametrize("flag", ["epochs", "steps", "batch-size", "accumulate", "lr", "limit"])
 def test_numbers_below_the_least_are_answered_in_one_line(flag, capsys):
-    for value in ("0", "-1"):
+    for value in ("0", "-1", "nan", "inf") if flag in ("epochs", "lr") else ("0", "-1"):
         with pytest.raises(SystemExit) as leaves:
             run(f"--{flag}={value}")
         error = capsys.readouterr().err
         assert f"--{flag} {value}" in error.replace(".0", "") and error.count("\n") == 1
         assert leaves.value.code == 2
+
+
+def test_a_run_goes_on_in_its_own_folder_alone(finished, shapes, tmp_path, capsys):
+    other, source = shutil.copytree(finished, tmp_path / "other"), finished / "best.pt"
+    before = (other / "last.pt").read_bytes()
+    args = ("--data", shapes, "--out", other, "--epochs", 2, "--resume", source)
+    assert run(*args) == 2
+    assert f"{other} holds a run" in capsys.readouterr().err
+    assert (other / "last.pt").read_bytes() == before
+
+
+def test_a_resumed_run_keeps_the_labels_of_its_classes(finished, shapes, tmp_path):
+    """Though the json of the training split lists the categories in another order."""
+    out, data = tmp_path / "run", shutil.copytree(shapes, tmp_path / "reversed")
+    file = data / "annotations/instances_train2017.json"
+    split = json.loads(file.read_text())
+    split["categories"].reverse()
+    file.write_text(json.dumps(split))
+    assert run("--data", shapes, "--out", out, "--epochs", 2, "--steps", 5) == 0
+    assert run("--data", data, "--out", out, "--epochs", 2, "--resume") == 0
+    same_weights(finished, out)
+
+
+def test_weights_that_are_not_finite_are_not_saved(shapes, tmp_path, monkeypatch, capsys):
+    step = train.train_step
+
+    def diverge(args, model, *rest):
+        mean = step(args, model, *rest)
+        next(model.parameters()).data.fill_(torch.nan)
+        return mean
+
+    monkeypatch.setattr(train, "train_step", diverge)
+    assert run("--data", shapes, "--out", tmp_path, "--steps", 1) == 2
+    assert "step 1: encoder.pos_embed of the model is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "last.pt").exists()
 
 
 def test_curves_of_runs_are_drawn(finished, tmp_path, capsys):
