@@ -714,7 +714,7 @@ class MIMDet(nn.Module):
             "loss_box": box_error.abs().sum() / num_boxes,
         }
         if c.masks:
-            # Without any object the head sees one background crop, so that all processes call it.
+            # Differs: without any object the head sees a background crop: all processes call it.
             crops = mask_rois if len(objects) else [rois[0][:1]]
             mask_logits = self.mask_head(pool_rois(maps, crops, 14, c.anchor_scale))
             losses["loss_mask"] = mask_logits.sum() * 0

@@ -77,12 +77,12 @@ CONFIGS = {  # with the parameters as RetinaNet for 80 classes, and as classifie
     "nano": Config(embed_dims=(32, 64, 96, 128), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4),
                    mlp_ratios=(4, 4, 4, 4), drop_path=0.0, pos_size=128, head_dim=64, head_depth=2,
                    queries=25, group_norm=True, reference_points=True, patch_loss=1.0),
-    # As classifiers medium and large have drop_path 0.3 and clip 1.0, as segmenters 0.1.
+    # As classifiers medium and large have drop_path 0.3, as segmenters 0.1: give it by --set.
     "tiny": Config(),  # 22,964,724; 13,229,288
     "small": Config(depths=(3, 4, 6, 3)),  # 34,221,300; 24,485,864
     "medium": Config(depths=(3, 4, 18, 3), drop_path=0.0),  # 53,943,540; 44,208,104
     "large": Config(depths=(3, 8, 27, 3), drop_path=0.0),  # 71,104,756; 61,369,320
-    # As classifiers b3, b4 and b5 have drop_path 0.3 and clip 1.0.
+    # As classifiers b3, b4 and b5 have drop_path 0.3.
     "v2_b0": Config(embed_dims=(32, 64, 160, 256), **V2),  # classifier: 3,666,760
     "v2_b1": Config(**V2),  # 14,009,000
     "v2_b2": Config(depths=(3, 4, 6, 3), **V2),  # 25,362,856
@@ -99,6 +99,14 @@ SEGMENTER = PAPER | dict(  # Differs: no colour jitter; a crop may be of one cla
     lr=2e-4, batch_size=32, epochs=63, warmup=0, schedule="poly",  # 40,000 steps on ADE20K
     sizes=(*range(256, 1025, 32), 512), max_size=4096, crop=(512,),
 )
+CLASSIFIER = PAPER | dict(
+    # Differs: no mixup, cutmix, RandAugment, random erasing and repeated augmentation; falls to 0.
+    lr=1e-3, batch_size=1024, weight_decay=0.05, epochs=300, schedule="cosine",
+    warmup=6255,  # Differs: steps of 1024 ImageNet images; the warm-up starts at 0
+    sizes=(224,), crop=(0.08, 1.0),
+)
+CLIPPED = CLASSIFIER | dict(clip=1.0)
+LARGEST = PAPER | dict(lr=1e-4 / 1.4, batch_size=8)
 NANO = dict(
     lr=1e-3, batch_size=8, backbone_lr=1.0, weight_decay=0.05, clip=1.0, epochs=3, warmup=100,
     schedule="cosine", sizes=(), max_size=320, multiple=1, crop=(),
@@ -112,9 +120,10 @@ RECIPES = {  # by variant-task, variant, task or head; the others train by "pape
                          sizes=tuple(range(640, 801, 32))),
     "semantic": SEGMENTER,
     "trans2seg": SEGMENTER,
-    # Differs: no mixup, cutmix, RandAugment, random erasing and repeated augmentation; falls to 0.
-    "classifier": PAPER | dict(lr=1e-3, batch_size=1024, weight_decay=0.05, epochs=300, warmup=6255,
-                               schedule="cosine", sizes=(224,), crop=(0.08, 1.0)),
+    "classifier": CLASSIFIER,
+    **{f"{v}-classifier": CLIPPED for v in ("medium", "large", "v2_b3", "v2_b4", "v2_b5")},
+    "v2_b4-retinanet": LARGEST,
+    "v2_b5-retinanet": LARGEST,
 }
 # fmt: on
 
@@ -833,7 +842,8 @@ def set_losses(logits, boxes_norm, targets, pairs, no_object_weight, number):
 
     Arguments and pairs as in hungarian_match. Queries without an object should answer the last
     class. The class loss is a mean weighted by class, over all processes (released: over one); the
-    box losses are divided by `number`, its mean over the processes and at least 1.
+    box losses are divided by `number`, its mean over the processes and at least 1. GIoU's divisor
+    is torchvision's, 1e-7 larger than in the released code.
     """
     wanted = torch.full(logits.shape[:2], logits.shape[2] - 1, device=logits.device)  # (B, Q)
     for row, target, (query, item) in zip(wanted, targets, pairs, strict=True):
@@ -946,7 +956,8 @@ class ClassDecoderBlock(nn.Module):
 class Trans2Seg(Segmenter):
     """A query for each class, whose attention maps grow into its mask (Sec. 5.4, arXiv:2101.08461).
 
-    Differs: sine positions and no layer across all places, so that any image size will do; the
+    Differs: sine positions and no layer across all places, so that any image size will do; no class
+    token, plain convolutions (29.6 M parameters with PVT-S, the paper tells 32.1); the
     features are convolved once and not for each class, and then weighted by the class's query.
     """
 

@@ -86,7 +86,9 @@ PAPER = dict(
     warmup=6255,  # Differs: steps of 2048 ImageNet images; the warm-up starts at 0
     schedule=(0.875,), sizes=(224,), max_size=224, multiple=1, crop=(0.67, 1.0),
 )
-CLASSIFY = PAPER | dict(  # Differs: no mixup, cutmix, RandAugment, erasing and label smoothing
+# Differs: no mixup, cutmix, RandAugment, erasing and label smoothing; pictures become squares in
+# evaluation too; the cosine begins after the warm-up and ends at 0, released: 1e-6.
+CLASSIFY = PAPER | dict(
     lr=5e-3, layer_decay=0.65, epochs=100, schedule="cosine", crop=(0.08, 1.0),
     warmup=12510,  # Differs: at most a tenth of the run, here half of the released 20 epochs
 )
@@ -99,7 +101,7 @@ RECIPES = {  # by variant-task, variant, task or head; the others train by "pape
     "nano-classify": NANO | dict(batch_size=32, epochs=3, crop=(0.5, 1.0), layer_decay=0.75),
     "paper": PAPER,
     "classify": CLASSIFY,
-    # As classifiers the paper's Swins have drop_path 0.1 and 0.2.
+    # As classifiers the paper's Swins have drop_path 0.1 and 0.2: give it by --set.
     "swin_base-classify": CLASSIFY | dict(layer_decay=0.8),
     "swin_large-classify": CLASSIFY | dict(layer_decay=0.7),
     "swinv2_h-classify": CLASSIFY | dict(layer_decay=0.7),
@@ -485,7 +487,10 @@ ENCODERS = {"vit": ViT, "beit": BEiT, "swin": Swin, "swin_v2": Swin}
 
 
 class InverseSwin(nn.Module):
-    """Swin's stages backwards, from stride 32 up to 4: a decoder that is too good (Table 2)."""
+    """Swin's stages backwards, from stride 32 up to 4: a decoder that is too good (Table 2).
+
+    Differs: 0.2 and 0.3 M parameters fewer than told (115.2, 174.8); no code of it is released.
+    """
 
     def __init__(self, width, stride, dim, depths, out, up):
         super().__init__()
@@ -693,7 +698,10 @@ class SimMIM(nn.Module):
         return self.answers(found, x, mask)
 
     def draw_masks(self, images, fixed):
-        """Masks (B, H/p, W/p); fixed: each decided by its picture, whatever its company."""
+        """Masks (B, H/p, W/p); fixed: each decided by its picture, whatever its company.
+
+        Differs: drawn by PyTorch's generator, by NumPy's in the released code.
+        """
         c, masks = self.config, []
         scale = c.mask_patch // c.patch
         for image in images:
