@@ -17,7 +17,7 @@ import yolos
 transformers = pytest.importorskip("transformers")
 
 NAMES = [  # port -> released, in this order
-    (r"^(vit|swin|pvt|pvt_v2)\.", ""),
+    (r"^(vit|swin|pvt|pvt_v2|beit)\.", ""),
     (r"^encoder\.(?=block|layer)", ""),
     (r"(layernorm|layer_norm)_(before|1)", "norm1"),
     (r"(layernorm|layer_norm)_(after|2)", "norm2"),
@@ -63,6 +63,16 @@ SWIN_NAMES = [
     (r"^embeddings\.norm", "patch_embed.norm"),
     (r"^embeddings\.", ""),
     (r"^(?!decoder)", "encoder."),
+]
+BEIT_NAMES = [
+    *NAMES,
+    (r"^embeddings\.patch_embeddings", "patch_embed"),
+    (r"^embeddings\.", ""),
+    (r"^layers\.", "blocks."),
+    (r"lambda_", "gamma_"),
+    (r"attn\.(q|v)\.bias", r"attn.\1_bias"),
+    (r"relative_position_bias\.", "attn."),
+    (r"^pooler\.norm", "fc_norm"),
 ]
 
 
@@ -183,3 +193,19 @@ def test_simmim(variant, size):
     wanted = theirs(x, bool_masked_pos=mask.flatten(1))
     torch.testing.assert_close(ours([*images], [{}, {}], mask=mask)["loss_mim"], wanted.loss)
     close(ours.decoder(ours.encoder(x, mask)), wanted.reconstruction)
+
+
+@torch.no_grad()
+def test_simmims_fine_tuned_vit():
+    """Tables in every block, q and v biases, layer scale, the norm after the mean over patches."""
+    config = transformers.BeitConfig(
+        image_size=224, use_relative_position_bias=True, use_mean_pooling=True, num_labels=1000
+    )
+    theirs, state = port(transformers.BeitForImageClassification, config, BEIT_NAMES, "qkv")
+    c = replace(simmim.CONFIGS["vit_base"], task="classify")
+    ours = simmim.build(c, 1000).eval()
+    missing, unexpected = ours.load_state_dict(simmim.from_official(state, c), strict=False)
+    assert not unexpected and all(key.endswith("relative_position_index") for key in missing)
+    images = torch.rand(2, 3, 224, 224)
+    logits = torch.stack([answer["logits"] for answer in ours([*images])])
+    close(logits, theirs(simmim.normalise(images)).logits)
