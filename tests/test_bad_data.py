@@ -331,6 +331,14 @@ def test_a_polygon_outside_its_image_is_no_object(data_set):
     assert run(root, "mimdet") == 0
 
 
+def test_a_corner_far_away_ends_no_process():
+    """As many pixels away as an enlarged image makes of a million pycocotools crashes."""
+    far = np.array([[10, 10], [1e9, 10], [1e9, 1e9], [10, 1e9]])
+    boxes = torch.tensor([[10.0, 10, 60, 40]])
+    _, target = coco.finish(torch.zeros(3, 40, 60), dict(boxes=boxes, polygons=[[far]]))
+    assert target["masks"].sum() == 50 * 30
+
+
 # --- Images ---------------------------------------------------------------------------------------
 
 

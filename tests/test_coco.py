@@ -1,5 +1,6 @@
 """Reading, transforming, batching, evaluating and generating COCO-format data."""
 
+import argparse
 import pickle
 import shutil
 
@@ -11,6 +12,7 @@ import torch
 
 import coco
 from coco import DataError
+from train import make_loader
 
 PLAIN = dict(sizes=(), max_size=1000, multiple=1, crop=())
 GREY = torch.full((3, 40, 60), 128, dtype=torch.uint8)
@@ -290,7 +292,10 @@ def test_loader_parts_can_be_sent_to_other_processes(shapes):
     dataset = coco.CocoDataset(shapes, "train", coco.Transform(PLAIN, True))
     again = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(again[3, 5][0], dataset[3, 5][0])
-    assert pickle.loads(pickle.dumps(coco.collate)) is coco.collate
+    args = argparse.Namespace(workers=1, device=torch.device("cpu"))
+    spawned = dict(batch_sampler=[[(3, 5)]], multiprocessing_context="spawn")  # as on Windows
+    ((image,), _), *none = make_loader(args, dataset, **spawned)
+    assert torch.equal(image, dataset[3, 5][0]) and not none
 
 
 # --- Evaluate -------------------------------------------------------------------------------------

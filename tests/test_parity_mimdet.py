@@ -1,4 +1,4 @@
-"""MIMDet against the authors' released code: every recorded number, from filled weights."""
+"""MIMDet against the authors' released code: recorded numbers, from filled weights."""
 
 import copy
 import functools

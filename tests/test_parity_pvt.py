@@ -1,4 +1,4 @@
-"""PVT against the authors' released code: every recorded number, from filled weights."""
+"""PVT against the authors' released code: recorded numbers, from filled weights."""
 
 import functools
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""SimMIM against the authors' released code: every recorded number, from filled weights."""
+"""SimMIM against the authors' released code: recorded numbers, from filled weights."""
 
 import functools
 import math

@@ -175,6 +175,12 @@ def test_a_full_disk_is_said_and_leaves_the_old_checkpoint(
     assert "No space left on device); what was there is kept" in one_line(capsys)
     assert before.items() <= {path.name: path.read_bytes() for path in out.iterdir()}.items()
     assert not list(out.glob("*.partial"))
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        train, "log_line", lambda *_, **__: open("/dev/full", "w").write("x" * 9999)
+    )
+    assert run("yolos", *args, "--steps", 7) == 2
+    assert one_line(capsys).startswith("error: the disk is full; make room, then go on with")
 
 
 def test_a_folder_that_cannot_be_is_said(shapes, tmp_path, capsys):

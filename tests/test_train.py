@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shutil
 import signal
@@ -287,6 +288,18 @@ def test_numbers_below_the_least_are_answered_in_one_line(flag, capsys):
         error = capsys.readouterr().err
         assert f"--{flag} {value}" in error.replace(".0", "") and error.count("\n") == 1
         assert leaves.value.code == 2
+
+
+def test_names_that_cannot_be_shown_end_no_run(finished, shapes):
+    """A file name in Latin-1, on a screen of UTF-8."""
+    name = b"caf\xe9.jpg"
+    shutil.copy(next((shapes / "val2017").iterdir()), bytes(finished) + b"/" + name)
+    words = [sys.executable, "train.py", "--model", "mimdet", "--out", finished]
+    words += ["--predict", bytes(finished) + b"/" + name]
+    shown = subprocess.run(
+        words, cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"}
+    )
+    assert shown.returncode == 0 and b"caf\\udce9.jpg" in shown.stdout, shown
 
 
 def test_a_run_goes_on_in_its_own_folder_alone(finished, shapes, tmp_path, capsys):
@@ -670,22 +683,25 @@ def test_two_processes_train_together(model, shapes, tmp_path, capsys):
         assert [r["score"] for r in together] == pytest.approx(scores, abs=1e-5)
 
 
-def test_real_coco_trains_and_evaluates(real_coco, tmp_path):
-    args = (
-        "--data",
-        real_coco,
-        "--out",
-        tmp_path / "run",
-        "--limit",
-        4,
-        "--steps",
-        2,
-        "--eval-on",
-        "train",
-    )
-    assert run(*args, "--set", *TINY, "max_size=128") == 0
+@pytest.mark.parametrize(
+    ("model", "settings", "measures"),
+    [
+        ("mimdet", TINY, ("AP", "mask_AP")),
+        ("yolos", TINY_YOLOS, ("AP",)),
+        ("pvt", TINY_PVT, ("AP",)),
+        ("pvt", [*TINY_PVT, "head=detr"], ("AP",)),
+        ("pvt", [*TINY_PVT, "head=classifier"], ("top1",)),
+        ("pvt", [*TINY_PVT, "head=semantic"], ("mIoU", "pixel_accuracy")),
+        ("pvt", [*TINY_PVT, "head=trans2seg"], ("mIoU", "pixel_accuracy")),
+        ("simmim", TINY_SIMMIM, ("masked_L1",)),
+    ],
+)
+def test_real_coco_trains_and_evaluates(real_coco, tmp_path, model, settings, measures):
+    args = ["--model", model, "--device", "cpu", "--data", real_coco, "--out", tmp_path / "run"]
+    args += ["--limit", 4, "--steps", 2, "--batch-size", 4, "--eval-on", "train", "--set"]
+    assert train.main([*map(str, args), *settings, "max_size=128"]) == 0
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert 0 <= result["AP"] <= 1 and 0 <= result["mask_AP"] <= 1
+    assert all(0 <= result[name] <= 1 or model == "simmim" for name in measures)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/labs.md"])
