@@ -378,9 +378,9 @@ class PyramidVisionTransformer(nn.Module):
                 if s == 4 and self.has_token:
                     x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
                     position = torch.cat([first, position], dim=1)
-                x = x + position  # (B, N, C)
+                x = x + position  # (B, [1 +] N, C)
             blocks = [partial(block, grid=grid) for block in getattr(self, f"block{s}")]
-            x = run_blocks(blocks, x, c.checkpoint)  # (B, N, C)
+            x = run_blocks(blocks, x, c.checkpoint)  # (B, [1 +] N, C)
             if c.design != "v1":  # v1's maps are not normalised
                 x = getattr(self, f"norm{s}")(x)  # (B, N, C)
             if s == 4 and self.has_token:
