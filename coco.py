@@ -232,6 +232,7 @@ class CocoDataset(Dataset):
                 was = f"{names[c['id']]} where the model was trained"
                 raise DataError(f"{self.file}: category {c['id']} is {c['name']}, but {was}")
         self.label_of = {c["id"]: label for label, c in enumerate(self.classes)}
+        self.same_classes = {c["id"] for c in categories} == {*names}
         if not self.images or not self.classes and self.task != "pretrain":
             raise DataError(f"{self.file}: lists no {'categories' if self.images else 'images'}")
         listed, image_of = {x["id"] for x in images}, {x["id"]: x for x in self.images}
@@ -382,12 +383,10 @@ class Pictures(CocoDataset):
         else:
             self.folder, self.transform = Path(root), transform
             files = sorted(f for f in self.folder.rglob("*") if is_image_file(f.name))
-            if len(files) < 2:
-                raise DataError(
-                    f"{root}: no annotations, and {len(files)} images; give two or more"
-                )
-            held = files[9::10] or files[-1:]
+            found, held = len(files), files[9::10] or files[-1:]
             files = (held if split == "val" else sorted({*files} - {*held}))[:limit]
+            if not files:
+                raise DataError(f"{root}: no annotations, and {found} images; give two or more")
             names = [str(file.relative_to(root)) for file in files]
             # Every picture becomes a square: its own shape does not matter.
             self.images = [

@@ -793,8 +793,8 @@ RENAMES = [
 def plain_blocks(state):
     """State dict in which the blocks of a BeiT (SimMIM's ViT) have become those of a plain ViT.
 
-    Layer scale goes into the layers before it, the biases of q and v (k has none) into one. What is
-    lost: relative positions, whose tables have no place here.
+    Layer scale goes into the layers before it, the biases of q and v (k has none) into one. Tables
+    of relative positions have no place here.
     """
     state = dict(state)
     for key in [key for key in state if key.endswith(("gamma_1", "gamma_2"))]:
@@ -805,7 +805,7 @@ def plain_blocks(state):
     for key in [key for key in state if key.endswith("attn.q_bias")]:
         q, v = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
         state[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    return {key: value for key, value in state.items() if "relative_position" not in key}
+    return state
 
 
 def from_official(state_dict, config=CONFIGS["base"]):

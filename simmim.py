@@ -604,13 +604,13 @@ class Target(nn.Module):
         return F.unfold(self.shrink(x), self.side, stride=self.side).transpose(1, 2)
 
     def fit(self, images, seed=0):
-        """Find the codes by k-means over pictures (n, 3, H, W), normalised, from pieces drawn."""
+        """Find the codes by k-means over normalised pictures (n, 3, H, W)."""
         rows = self.pieces(images).flatten(0, 1)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         rows = rows[order[: 64 * len(self.codes)]].double().numpy()
+        # From different pieces, drawn; k-means++ would take minutes to draw 512 better ones.
         start = np.random.default_rng(seed).permutation(np.unique(rows, axis=0))
-        start = np.resize(start, self.codes.shape)  # k-means++ would take minutes for 512
-        found, _ = kmeans2(rows, start, minit="matrix")
+        found, _ = kmeans2(rows, np.resize(start, self.codes.shape), minit="matrix")
         self.codes.copy_(torch.from_numpy(found))
 
     def error(self, found, x):

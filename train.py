@@ -83,7 +83,7 @@ def parse_args(argv):
     for name in ("epochs", "steps", "batch_size", "accumulate", "lr", "limit", "workers"):
         value = getattr(args, name)
         if value is not None and not (0 < value < math.inf or value == 0 and name == "workers"):
-            parser.error(f"--{name.replace('_', '-')} {value}: give more than 0")
+            parser.error(f"--{name.replace('_', '-')} {value}: give a number above 0")
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed {args.seed}: give 0 or more, below 2**63")
     return args
@@ -96,8 +96,7 @@ def parse_value(text, old):
         return type(old)(text)
     if text in ("cosine", "poly") or (isinstance(old, str) and not text[0].isdigit()):
         return text
-    whole = isinstance(old, tuple) and old and all(isinstance(x, int) for x in old)
-    return tuple(float(x) if "." in x and not whole else int(x) for x in text.split(",") if x)
+    return tuple(float(x) if "." in x else int(x) for x in text.split(",") if x)
 
 
 def override(settings, *tables, where="--set"):
@@ -158,7 +157,10 @@ def check_numbers(table):
         if any(n < 0 or n == 0 and name in positive for n in numbers):
             raise DataError(f"--set {name}: {value} is too small")
         if not all(n < math.inf and (n <= 1 or name != "drop_path") for n in numbers):
-            raise DataError(f"--set {name}: {value} is too large")
+            raise DataError(f"--set {name}: {value} is too large, or no number")
+        shares = name in ("crop", "schedule", "mlp_ratios") or not isinstance(value, tuple)
+        if not shares and any(isinstance(n, float) for n in numbers):
+            raise DataError(f"--set {name}: {value}: give whole numbers")
 
 
 def choose_out(args):
@@ -305,7 +307,7 @@ def load_weights(net, args, path, data, exact):
     source = next((part for part in parts if isinstance(part, dict)), data)
     source = {k: v for k, v in source.items() if isinstance(v, torch.Tensor) and isinstance(k, str)}
     own, now = data.get("name") == args.model, dataclasses.asdict(net.config)
-    for field in ("task", "window", "img_size"):  # SimMIM's tables change with them
+    for field in ("task", "window", "img_size", "det_tokens"):  # tables change with them
         own = own and data["config"].get(field) == now.get(field)
     with reading(path):
         state = source if own else MODELS[args.model].from_official(source, net.config)
@@ -518,7 +520,7 @@ def check_finite(losses, step, targets):
 
 
 def not_finite(step, what):
-    advice = "Try a lower --lr, --amp off, or look at these images"
+    advice = "Try a lower --lr, --amp off, or look at the images"
     return DataError(f"step {step}: {what}; the last checkpoint is kept. {advice}")
 
 
@@ -598,10 +600,12 @@ def train(args, net, saved, dataset, held_out):
     model, optimizer, batches, first, best = start(args, net, saved, dataset)
     eval_every = math.ceil(args.total_steps / EVALUATIONS)
     log_every = max(1, min(50, eval_every // 4))
+    missed = args.evaluated < first and first % eval_every == 0  # the run ended before or in it
+    again = missed or first >= args.steps
+    args.evaluated = min(args.evaluated, first - again)
     trim_log(args, first)
     interrupted, metrics = listen(args), None
-    missed = args.evaluated < first and first % eval_every == 0  # the run ended before or in it
-    if missed or first >= args.steps:
+    if again:
         metrics = evaluate(args, net, held_out, f"epoch-{first / args.per_epoch:06.2f}")
         best = keep_best(args, net, optimizer, first, best, metrics)
     shown, clock, written = first, time.time(), time.time()
@@ -633,11 +637,11 @@ def trim_log(args, step):
     if args.rank:
         return
     path, kept = args.out / "log.jsonl", []
-    for line in path.read_bytes().splitlines(keepends=True) if step and path.exists() else []:
+    for line in path.read_bytes().splitlines() if step and path.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a full disk leaves half a line
             about = json.loads(line)
             if about["step"] <= (step if "lr" in about else args.evaluated):
-                kept.append(line.rstrip() + b"\n")
+                kept.append(line + b"\n")
     write_whole(path, lambda file: file.write(b"".join(kept)))
 
 
@@ -675,6 +679,8 @@ def keep_best(args, net, optimizer, step, best, metrics):
 
 def save_run(args, net, optimizer, step, best, name="last.pt"):
     """Everything needed to go on, to predict, or to start another model from."""
+    if bad := [name for name, value in net.state_dict().items() if not value.isfinite().all()]:
+        raise not_finite(step, f"{', '.join(bad[:3])} of the model is not finite")
     if args.rank:
         return
     data = dict(name=args.model, variant=args.variant, seed=args.seed, classes=args.classes)
@@ -682,8 +688,6 @@ def save_run(args, net, optimizer, step, best, name="last.pt"):
     data |= dict(config=dataclasses.asdict(net.config), recipe=args.recipe, plan=args.plan)
     data |= dict(images_seen=step * args.total_batch, seconds=time.time() - args.began)
     data |= dict(evaluated=args.evaluated)  # the step after which the last evaluation was
-    if bad := [name for name, value in data["model"].items() if not value.isfinite().all()]:
-        raise not_finite(step, f"{', '.join(bad[:3])} of the model is not finite")
     write_whole(args.out / name, lambda file: torch.save(data, file))
 
 
@@ -975,6 +979,9 @@ def read_data(args, config, classes):
     if not args.eval_only:
         transform = coco.Transform(args.recipe, True, task)
         dataset = coco.DATASETS[task](root, "train", transform, args.limit, classes)
+        if classes and task != "pretrain" and not dataset.same_classes:
+            advice = "give the same --data, or start from its weights with --init"
+            raise DataError(f"{dataset.file}: other categories than those of the run; {advice}")
         classes = dataset.classes
         say(args, f"train: {'; '.join(dataset.notes)}")
     transform = coco.Transform(args.recipe, False, task)
@@ -994,7 +1001,7 @@ def make_net(args, config, num_classes):
     torch.manual_seed(args.seed)
     try:
         net = module.build(module.Config(**config), num_classes)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+    except (ValueError, RuntimeError, ArithmeticError) as error:
         if explain(error):
             raise
         raise DataError(f"--set: no such model: {str(error).splitlines()[0]}") from None
@@ -1022,7 +1029,7 @@ def explain(error):
     """One line for what the user can mend; None for a bug, whose traceback is wanted."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full; make room, then go on with --resume"
+        return f"{error}: make room, then start again, a run with --resume"
     if isinstance(error, DataError | OSError):  # a loader process puts its traceback first
         return lines[-1].rpartition("coco.DataError: ")[2]
     if isinstance(error, MemoryError) or re.search("out of memory|DefaultCPUAllocator", lines[0]):

@@ -6,7 +6,7 @@ interest, no non-maximum suppression, nothing two-dimensional but the patches. H
 says how much of a detector is in the pre-trained sequence model itself.
 Flow: image (B, 3, H, W) -> patches (B, N, C) -> [class, patches, DET] (B, 1 + N + Q, C) -> blocks
       -> last Q tokens (B, Q, C) -> logits (B, Q, K + 1), boxes (B, Q, 4)
-Positions: a learned table, resized to each image; in -S and -B one more after each block.
+Positions: a learned table, resized to each image; in -S and -B more between the blocks.
 Loss: class by the weights of all tokens, "no object" 0.1; boxes by the objects of the batch.
 Padding: no token attends to it; in training nano's conv stem has it in its GroupNorm. In prediction
       only images of equal padded size share a batch.
@@ -41,7 +41,7 @@ class Config:
     depth: int = 12  # blocks
     num_heads: int = 12
     patch: int = 16  # side of the patches; 16 with stem="conv"
-    det_tokens: int = 100  # Q: any number; at most so many objects are found in an image (Sec. 3.1)
+    det_tokens: int = 100  # Q: at most so many objects are found in an image (Sec. 3.1)
     pos_grid: tuple = (50, 84)  # patches (h, w) in the stored position table: 800 x 1344 px
     mid_pos_grid: tuple = (50, 84)  # of the tables added between the blocks; () has none (Table 9)
     no_object_weight: float = 0.1  # of the tokens without an object in the classification loss
@@ -620,8 +620,8 @@ COCO_IDS = [i for i in range(1, 91) if i not in UNUSED_IDS]
 def plain_blocks(state):
     """State dict in which the blocks of a BeiT (SimMIM's ViT) have become those of a plain ViT.
 
-    Layer scale goes into the layers before it, the biases of q and v (k has none) into one. What is
-    lost: relative positions, whose tables have no place here.
+    Layer scale goes into the layers before it, the biases of q and v (k has none) into one. Tables
+    of relative positions have no place here.
     """
     state = dict(state)
     for key in [key for key in state if key.endswith(("gamma_1", "gamma_2"))]:
@@ -632,7 +632,7 @@ def plain_blocks(state):
     for key in [key for key in state if key.endswith("attn.q_bias")]:
         q, v = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
         state[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    return {key: value for key, value in state.items() if "relative_position" not in key}
+    return state
 
 
 def from_official(state_dict, config=CONFIGS["base"], num_classes=80):
@@ -650,13 +650,14 @@ def from_official(state_dict, config=CONFIGS["base"], num_classes=80):
         for key in ("class_embed.layers.2.weight", "class_embed.layers.2.bias"):
             if num_classes == 80 and len(state[key]) == 92:
                 state[key] = state[key][[*COCO_IDS, 91]]
-        number, known = config.det_tokens, state["backbone.det_token"].shape[1]
-        if number != known:
+        number, (_, known, width) = config.det_tokens, state["backbone.det_token"].shape
+        if number != known and width == config.embed_dim:
             del state["backbone.det_token"]
             for key in [key for key in state if key.endswith("pos_embed")]:
                 patches, start = state[key][..., :-known, :], initial_positions(config)
-                det = start[..., -number:, :].expand(*patches.shape[:-2], -1, -1)
-                state[key] = torch.cat([patches, det], dim=-2)
+                if key.endswith("mid_pos_embed"):
+                    start = trunc_normal(*patches.shape[:-2], number, width)
+                state[key] = torch.cat([patches, start[..., -number:, :]], dim=-2)
         return state
     vit = {key.removeprefix("encoder."): value for key, value in plain_blocks(state).items()}
     wanted = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")

@@ -46,7 +46,7 @@ def main():
             for j, r in enumerate(dict.fromkeys((ratio, 1))):  # the last stage has no reduction
                 ms = milliseconds(dim, heads, r, pixels // (4 * 2**s))
                 x, y = left + 60 * s + 26 * j, BOTTOM - max(0, math.log10(ms)) * (BOTTOM - TOP) / 4
-                pen.rectangle([x, y, x + 22, BOTTOM], ("royalblue", "firebrick")[j])
+                pen.rectangle([x, y, x + 22, BOTTOM], ("royalblue", "firebrick")[r == 1])
                 pen.text((x - 2, y - 12), f"{ms:.{int(ms < 10)}f}", "black")
                 print(f"{pixels} px, stage {s + 1}, sr_ratio {r}: {ms:.1f} ms")
     picture.save("docs/pvt-attention.png")

@@ -183,7 +183,7 @@ def test_a_full_disk_is_said_and_leaves_the_old_checkpoint(
         train, "log_line", lambda *_, **__: open("/dev/full", "w").write("x" * 9999)
     )
     assert run("yolos", *args, "--steps", 7) == 2
-    assert one_line(capsys).startswith("error: the disk is full; make room, then go on with")
+    assert "No space left on device: make room, then start again" in one_line(capsys)
 
 
 def test_a_folder_that_cannot_be_is_said(shapes, tmp_path, capsys):

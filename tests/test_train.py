@@ -1,6 +1,8 @@
 """The training loop, run as a user runs it."""
 
 import argparse
+import dataclasses
+import itertools
 import json
 import os
 import re
@@ -262,8 +264,9 @@ def test_a_malicious_or_foreign_file_is_refused(finished, shapes, tmp_path, caps
         (["--set", "proposals=0"], "proposals, rpn_batch, roi_batch, anchor_scale and grid"),
         (["--set", "warmup=-1"], "--set warmup: -1 is too small"),
         (["--set", "max_size=0"], "--set max_size: 0 is too small"),
-        (["--set", "epochs=nan"], "--set epochs: nan is too large"),
+        (["--set", "epochs=nan"], "--set epochs: nan is too large, or no number"),
         (["--set", "drop_path=1.5"], "--set drop_path: 1.5 is too large"),
+        (["--set", "sizes=96.5"], "--set sizes: (96.5,): give whole numbers"),
         (["--set", "crop=600,384"], "--set crop: give the least before the most"),
         (["--set", "crop=0.5,1.0"], "--set crop: give the least before the most; pixels for a det"),
         (["--variant", "huge"], "--variant huge: mimdet has nano, base, large"),
@@ -290,6 +293,7 @@ def test_numbers_below_the_least_are_answered_in_one_line(flag, capsys):
         assert leaves.value.code == 2
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 def test_names_that_cannot_be_shown_end_no_run(finished, shapes):
     """A file name in Latin-1, on a screen of UTF-8."""
     name = b"caf\xe9.jpg"
@@ -302,6 +306,27 @@ def test_names_that_cannot_be_shown_end_no_run(finished, shapes):
     assert shown.returncode == 0 and b"caf\\udce9.jpg" in shown.stdout, shown
 
 
+@pytest.mark.parametrize("name", train.MODELS)
+def test_every_variant_and_kind_has_a_recipe_that_fits_it(name):
+    module = train.MODELS[name]
+    kinds = {"simmim": [dict(task=t) for t in ("pretrain", "classify")]}
+    kinds["pvt"] = [dict(head=head) for head in train.pvt.HEADS]
+    for variant, kind in itertools.product(module.CONFIGS, kinds.get(name, [{}])):
+        config = dataclasses.replace(module.CONFIGS[variant], **kind)
+        recipe = train.recipe_of(module, variant, dataclasses.asdict(config))
+        train.check_numbers(recipe | dataclasses.asdict(config))
+        again = dict.fromkeys(recipe) | recipe
+        train.override(train.as_settings(recipe), again)
+        assert again == recipe
+        for training in (True, False):
+            coco.Transform(recipe, training, getattr(config, "task", "detect"))
+    if name == "pvt":
+        large = dataclasses.asdict(dataclasses.replace(module.CONFIGS["large"], head="classifier"))
+        assert train.recipe_of(module, "large", large)["clip"] == 1
+        b5 = dataclasses.asdict(module.CONFIGS["v2_b5"])
+        assert train.recipe_of(module, "v2_b5", b5)["batch_size"] == 8
+
+
 def test_a_run_goes_on_in_its_own_folder_alone(finished, shapes, tmp_path, capsys):
     other, source = shutil.copytree(finished, tmp_path / "other"), finished / "best.pt"
     before = (other / "last.pt").read_bytes()
@@ -311,7 +336,7 @@ def test_a_run_goes_on_in_its_own_folder_alone(finished, shapes, tmp_path, capsy
     assert (other / "last.pt").read_bytes() == before
 
 
-def test_a_resumed_run_keeps_the_labels_of_its_classes(finished, shapes, tmp_path):
+def test_a_resumed_run_keeps_the_labels_of_its_classes(finished, shapes, tmp_path, capsys):
     """Though the json of the training split lists the categories in another order."""
     out, data = tmp_path / "run", shutil.copytree(shapes, tmp_path / "reversed")
     file = data / "annotations/instances_train2017.json"
@@ -321,6 +346,10 @@ def test_a_resumed_run_keeps_the_labels_of_its_classes(finished, shapes, tmp_pat
     assert run("--data", shapes, "--out", out, "--epochs", 2, "--steps", 5) == 0
     assert run("--data", data, "--out", out, "--epochs", 2, "--resume") == 0
     same_weights(finished, out)
+    split["categories"].append(dict(id=77, name="star"))
+    file.write_text(json.dumps(split))
+    assert run("--data", data, "--out", out, "--epochs", 2, "--resume") == 2
+    assert "other categories than those of the run; give the same" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_finite_are_not_saved(shapes, tmp_path, monkeypatch, capsys):
@@ -412,6 +441,14 @@ def test_attention_is_refused_where_there_is_none(finished, shapes, capsys):
     picture = next((shapes / "val2017").iterdir())
     assert run("--out", finished, "--predict", picture, "--attention", tiny=False) == 2
     assert "--attention: mimdet has no [DET] tokens: give --model yolos" in capsys.readouterr().err
+
+
+def test_tokens_of_another_number_keep_the_places_of_the_patches(finished_yolos, shapes, capsys):
+    tiny = [x for x in TINY_YOLOS if not x.startswith("det_tokens")]
+    args = ("--data", shapes, "--init", finished_yolos / "last.pt", "--out", finished_yolos / "x")
+    assert run_yolos(*args, "--eval-only", "--set", *tiny, "det_tokens=4") == 2
+    assert run_yolos(*args, "--steps", 1, "--set", *tiny, "det_tokens=4") == 0
+    assert "42 of 43 tensors loaded, 1 of them resized" in capsys.readouterr().out
 
 
 def test_files_with_the_authors_arguments_inside_are_read(finished_yolos, shapes, tmp_path, capsys):
