@@ -649,9 +649,15 @@ def leave(args, step):
     list_skipped(args)  # waits for all: whoever leaves first ends those who write
     last = args.out / "last.pt"
     say(args, f"interrupted after step {step}; the same command goes on with --resume {last}")
-    if args.world > 1:
-        dist.destroy_process_group()  # its threads may abort a process that just leaves
+    part()  # threads of the group may abort a process that just leaves
     sys.exit(130)
+
+
+def part():
+    """End the group of processes, if there is one."""
+    if dist.is_initialized():
+        time.sleep(0.1)  # or torch 2.6 waits for ever for its thread that drops what was gathered
+        dist.destroy_process_group()
 
 
 def list_skipped(args):
@@ -1053,8 +1059,7 @@ def main(argv=None):
         print("interrupted", file=sys.stderr)
         return 130
     # After an error the others are still waiting for this process, which must not wait for them.
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    part()
     return 0
 
 
