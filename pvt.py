@@ -842,8 +842,8 @@ def set_losses(logits, boxes_norm, targets, pairs, no_object_weight, number):
 
     Arguments and pairs as in hungarian_match. Queries without an object should answer the last
     class. The class loss is a mean weighted by class, over all processes (released: over one); the
-    box losses are divided by `number`, its mean over the processes and at least 1. GIoU's divisor
-    is torchvision's, 1e-7 larger than in the released code.
+    box losses are divided by `number`, its mean over the processes and at least 1.
+    Differs: GIoU's divisor is torchvision's, 1e-7 larger than in the released code.
     """
     wanted = torch.full(logits.shape[:2], logits.shape[2] - 1, device=logits.device)  # (B, Q)
     for row, target, (query, item) in zip(wanted, targets, pairs, strict=True):

@@ -158,8 +158,8 @@ def check_numbers(table):
             raise DataError(f"--set {name}: {value} is too small")
         if not all(n < math.inf and (n <= 1 or name != "drop_path") for n in numbers):
             raise DataError(f"--set {name}: {value} is too large, or no number")
-        shares = name in ("crop", "schedule", "mlp_ratios") or not isinstance(value, tuple)
-        if not shares and any(isinstance(n, float) for n in numbers):
+        whole = isinstance(value, tuple) and name not in ("crop", "schedule", "mlp_ratios")
+        if whole and any(isinstance(n, float) for n in numbers):
             raise DataError(f"--set {name}: {value}: give whole numbers")
 
 
@@ -602,7 +602,7 @@ def train(args, net, saved, dataset, held_out):
     log_every = max(1, min(50, eval_every // 4))
     missed = args.evaluated < first and first % eval_every == 0  # the run ended before or in it
     again = missed or first >= args.steps
-    args.evaluated = min(args.evaluated, first - again)
+    args.evaluated = min(args.evaluated, first - again)  # what is judged again is logged once
     trim_log(args, first)
     interrupted, metrics = listen(args), None
     if again:
@@ -649,11 +649,11 @@ def leave(args, step):
     list_skipped(args)  # waits for all: whoever leaves first ends those who write
     last = args.out / "last.pt"
     say(args, f"interrupted after step {step}; the same command goes on with --resume {last}")
-    part()  # threads of the group may abort a process that just leaves
+    end_processes()  # threads of the group may abort a process that just leaves
     sys.exit(130)
 
 
-def part():
+def end_processes():
     """End the group of processes, if there is one."""
     if dist.is_initialized():
         time.sleep(0.1)  # or torch 2.6 waits for ever for its thread that drops what was gathered
@@ -1059,7 +1059,7 @@ def main(argv=None):
         print("interrupted", file=sys.stderr)
         return 130
     # After an error the others are still waiting for this process, which must not wait for them.
-    part()
+    end_processes()
     return 0
 
 
