@@ -112,9 +112,10 @@ NANO = dict(
     schedule="cosine", sizes=(), max_size=320, multiple=1, crop=(),
 )
 RECIPES = {  # by variant-task, variant, task or head; the others train by "paper"
-    # nano: RetinaNet; images keep their own size (sizes=()) up to a long side of 320.
+    # nano: images keep their own size (sizes=()) up to a long side of 320.
     "nano": NANO,
     "nano-classifier": NANO | dict(batch_size=32, sizes=(64,), crop=(0.5, 1.0)),
+    "nano-detr": NANO | dict(epochs=12),
     "paper": PAPER,
     "detr": PAPER | dict(backbone_lr=0.1, clip=0.1, epochs=50, warmup=0, schedule=(33 / 50,),
                          sizes=tuple(range(640, 801, 32))),
