@@ -548,7 +548,7 @@ def select_proposals(logits, deltas, anchors, sizes, per_level, total):
             scores.append(score)
             levels.append(torch.full_like(index, level))
         boxes = clip_boxes_to_image(torch.cat(boxes), size)
-        valid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        valid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).nonzero()[:, 0]
         scores, levels = torch.cat(scores)[valid], torch.cat(levels)[valid]
         boxes = boxes[valid]
         proposals.append(boxes[batched_nms(boxes, scores, levels, 0.7)[:total]])

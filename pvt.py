@@ -643,7 +643,7 @@ class RetinaNet(nn.Module):
         for logit, delta, target in zip(logits, deltas, targets, strict=True):
             item = assign_anchors(anchors, target["boxes"])  # (N,)
             positive = (item >= 0).nonzero()[:, 0]
-            item, judged = item[positive], item > -2
+            item, judged = item[positive], (item > -2).nonzero()[:, 0]
             wanted = torch.zeros_like(logit)  # (N, K)
             wanted[positive, target["labels"][item]] = 1
             loss_cls += sigmoid_focal_loss(logit[judged], wanted[judged], reduction="sum")

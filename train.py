@@ -513,10 +513,17 @@ def plan(args, dataset, was):
     say(args, f"{length}; lr {args.lr:.3g} ({how})")
 
 
-def check_finite(losses, step, targets):
-    if bad := [name for name, loss in losses.items() if not torch.isfinite(loss)]:
-        ids = ", ".join(str(t["image_id"]) for t in targets)
-        raise not_finite(step, f"{', '.join(bad)} is not finite on images {ids}")
+def check_finite(step, norm, parts, grads):
+    """parts: (losses, targets) of each batch of a step; grads: of each parameter, by name."""
+    if (norm + sum(sum(losses.values()) for losses, _ in parts)).isfinite():
+        return  # one number a step for a GPU to wait for; only now look for the cause
+    for losses, targets in parts:
+        if bad := [name for name, loss in losses.items() if not loss.isfinite()]:
+            ids = ", ".join(str(t["image_id"]) for t in targets)
+            raise not_finite(step, f"{', '.join(bad)} is not finite on images {ids}")
+    bad = [name.removeprefix("module.") for name, g in grads.items() if not g.isfinite().all()]
+    whose = ", ".join(bad[:3]) or "all parameters together"
+    raise not_finite(step, f"the gradient of {whose} is not finite")
 
 
 def not_finite(step, what):
@@ -530,7 +537,7 @@ def train_step(args, model, optimizer, batches, step):
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_factor(step, args.total_steps, args.recipe) * group["lr_scale"]
     model.train()
-    mean = {}
+    parts = []
     for part in range(args.accumulate):
         images, targets = to_device(next(batches), args.device)
         args.skipped.update(*(target.pop("skipped", ()) for target in targets))
@@ -538,21 +545,16 @@ def train_step(args, model, optimizer, batches, step):
         with contextlib.nullcontext() if last or args.world == 1 else model.no_sync():
             with autocast(args):
                 losses = model(images, targets)
-            check_finite(losses, step, targets)
             (sum(losses.values()) / args.accumulate).backward()
-        for name, loss in losses.items():
-            mean[name] = mean.get(name, 0) + loss.detach() / args.accumulate
-    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([grad for _, grad in named])
-    if not norm.isfinite():  # one number a step; only now look for the parameter
-        bad = [name.removeprefix("module.") for name, g in named if not g.isfinite().all()]
-        whose = ", ".join(bad[:3]) or "all parameters together"
-        raise not_finite(step, f"the gradient of {whose} is not finite")
+        parts.append(({name: loss.detach() for name, loss in losses.items()}, targets))
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.nn.utils.get_total_norm(grads.values())
+    check_finite(step, norm, parts, grads)
     if args.recipe["clip"]:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), args.recipe["clip"], norm)
     optimizer.step()
     optimizer.zero_grad()
-    return mean
+    return {name: sum(part[name] for part, _ in parts) / args.accumulate for name in losses}
 
 
 def start(args, net, saved, dataset):

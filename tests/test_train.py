@@ -112,24 +112,24 @@ def test_accumulation_sees_the_same_number_of_images(shapes, tmp_path, capsys):
     assert json.loads((tmp_path / "a/result.json").read_text())["images_seen"] == 8
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
-    shapes, tmp_path, monkeypatch, capsys
+    accumulate, shapes, tmp_path, monkeypatch, capsys
 ):
     out, steps = tmp_path / "run", []
     losses = mimdet.rpn_losses
 
     def poisoned(*args):
         steps.append(1)
-        return losses(*args) | (
-            {"loss_rpn_box": torch.tensor(torch.nan)} if len(steps) == 3 else {}
-        )
+        bad = len(steps) == 1 + 2 * accumulate
+        return losses(*args) | ({"loss_rpn_box": torch.tensor(torch.nan)} if bad else {})
 
     monkeypatch.setattr(mimdet, "rpn_losses", poisoned)
-    assert run("--data", shapes, "--out", out, "--steps", 4) == 2
+    args = ("--steps", 4, "--accumulate", accumulate)
+    assert run("--data", shapes, "--out", out, *args) == 2
     message = capsys.readouterr().err
-    assert re.search(
-        r"error: step 2: loss_rpn_box is not finite on images \d+, \d+, \d+, \d+;", message
-    )
+    images = r"images \d+, \d+, \d+, \d+;"
+    assert re.search(rf"error: step 2: loss_rpn_box is not finite on {images}", message)
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 2
 
 
