@@ -1,4 +1,4 @@
-"""The CUDA path without a GPU: tensors that say they are elsewhere never meet those that are here.
+"""A GPU's path without a GPU: tensors that say they are elsewhere never meet those that are here.
 
 What is not tried: the GPU's own kernels, their rounding, autocast and compilation.
 """
@@ -25,6 +25,8 @@ class Elsewhere(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner):
+        if inner.dtype == torch.float64:
+            raise TypeError("Apple's GPUs have no float64")
         about = dict(strides=inner.stride(), storage_offset=inner.storage_offset())
         return cls._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, **about)
 
