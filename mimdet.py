@@ -601,8 +601,9 @@ class MIMDet(nn.Module):
         c = self.config = config
         if not (0 < c.sample_ratio <= 1 and 0 < c.eval_ratio <= 1):
             raise ValueError("sample_ratio and eval_ratio are shares of the tokens: 0.5, at most 1")
-        if min(c.proposals, c.rpn_batch, c.roi_batch, c.anchor_scale, c.grid) < 1:
-            raise ValueError("proposals, rpn_batch, roi_batch, anchor_scale and grid: 1 or more")
+        if min(c.proposals, c.rpn_batch, c.roi_batch, c.anchor_scale, c.grid, c.fpn_dim) < 1:
+            names = "proposals, rpn_batch, roi_batch, anchor_scale, grid and fpn_dim"
+            raise ValueError(f"{names}: 1 or more")
         self.num_classes = num_classes
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)

@@ -398,8 +398,10 @@ def check_stages(c):
         raise ValueError("give four values, one a stage, and a design of v1, v2 or v2_li")
     if not all(isinstance(n, int) and n > 0 for n in (*c.embed_dims, *c.sr_ratios)):
         raise ValueError("embed_dims and sr_ratios are whole numbers from 1 on")
-    if c.pos_size < 32 or min(c.head_depth, c.queries - 1) < 0:
-        raise ValueError("pos_size is at least 32, head_depth 0, queries 1")
+    if c.pos_size < 32 or c.head_dim < 16 or min(c.head_depth, c.queries - 1) < 0:
+        raise ValueError("pos_size is at least 32, head_dim 16, head_depth 0, queries 1")
+    if c.anchor_scale <= 0:
+        raise ValueError("anchor_scale is above 0")
     if c.design == "v1" and c.head == "classifier" and c.sr_ratios[3] != 1:
         raise ValueError("the class token needs sr_ratios that end in 1")
     return stages

@@ -428,14 +428,16 @@ class Swin(nn.Module):
         self.width, self.recompute = c.embed_dim * 2 ** (len(c.depths) - 1), c.checkpoint
         v2 = c.encoder == "swin_v2"
         merging = PatchMergingV2 if v2 else PatchMerging
-        if v2 and c.img_size <= self.stride:
-            raise ValueError(f"swin_v2 needs an img_size of {2 * self.stride} or more")
+        if v2 and (c.img_size <= self.stride or c.window < 2):
+            raise ValueError(f"swin_v2: img_size from {2 * self.stride} on, window from 2 on")
         self.patch_embed = SwinEmbed(c.embed_dim, c.patch)
         if c.task == "pretrain":
             self.mask_token = nn.Parameter(trunc_normal(1, 1, c.embed_dim))
         self.layers, index, total = nn.ModuleList(), 0, max(1, sum(c.depths) - 1)
         for s, (depth, heads) in enumerate(zip(c.depths, c.num_heads, strict=True)):
             dim, side = c.embed_dim * 2**s, c.img_size // (c.patch * 2**s)
+            if heads < 1 or dim % heads:
+                raise ValueError(f"width {dim} cannot be shared by {heads} heads")
             rates = [c.drop_path * (index + j) / total for j in range(depth)]
             index += depth
             stage = swin_stage(dim, heads, min(c.window, side), rates, v2)
@@ -553,8 +555,10 @@ def check_choices(c):
         raise ValueError("mask_patch must divide img_size, and patch mask_patch")
     if not 0 < c.mask_ratio <= 1 or len(c.depths) != len(c.num_heads):
         raise ValueError("mask_ratio is a share, and each stage has depths and num_heads")
-    if c.freeze and c.task != "classify" or min(c.clusters, c.window) < 1:
-        raise ValueError("freeze goes with task=classify; clusters and window are 1 or more")
+    if c.freeze and c.task != "classify":
+        raise ValueError("freeze goes with task=classify")
+    if min(c.img_size, c.embed_dim, c.clusters, c.window) < 1:
+        raise ValueError("img_size, embed_dim, clusters and window are 1 or more")
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -150,7 +150,7 @@ def settings(args, path, saved):
 
 
 def check_numbers(table):
-    positive = ("lr", "batch_size", "epochs", "sizes", "max_size", "multiple", "crop")
+    positive = ("lr", "lr_spread", "batch_size", "epochs", "sizes", "max_size", "multiple", "crop")
     for name, value in table.items():
         numbers = value if isinstance(value, tuple) else (value,)
         numbers = [n for n in numbers if isinstance(n, int | float)]

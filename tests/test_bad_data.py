@@ -1,5 +1,7 @@
 """What a user hands in: each case works, or ends in one line and exit code 2."""
 
+import argparse
+import dataclasses
 import io
 import itertools
 import json
@@ -469,6 +471,59 @@ def test_an_interrupted_run_lists_what_it_skipped(data_set, capsys, monkeypatch)
     with pytest.raises(SystemExit) as leaving:
         run(root, "yolos", "--steps", 9, "--skip-bad-images")
     assert leaving.value.code == 130 and "bad images skipped" in capsys.readouterr().out
+
+
+# --- Settings -------------------------------------------------------------------------------------
+
+
+def odd_values(old):
+    if isinstance(old, tuple):
+        return ["", "1", "1.5,2", *(",".join([x] * len(old)) for x in "013")]
+    return {bool: ["true"], int: ["0", "1", "3"], float: ["0", "1.5"], str: ["x"]}[type(old)]
+
+
+STAGES = "patch=4 mask_patch=16 depths=1,1 num_heads=1,2".split()
+FIELDS = MODELS | {
+    "trans2seg": ["pvt", *TINY_PVT, "head=trans2seg"],
+    "v2": ["pvt", *TINY_PVT, "head=classifier", "design=v2_li"],
+    "plain": ["yolos", *TINY_YOLOS, "stem=patch", "reference_points=false"],
+    "patches": ["mimdet", *TINY, "stem=patch", "fill=mask"],
+    "beit": ["simmim", *TINY_SIMMIM, "encoder=beit", "target=bins8"],
+    "swin": ["simmim", *TINY_SIMMIM, "encoder=swin", *STAGES],
+    "swin_v2": ["simmim", *TINY_SIMMIM, "encoder=swin_v2", "task=classify", *STAGES],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("name", FIELDS)
+def test_any_value_of_a_field_makes_a_model_that_learns_or_is_refused(name):
+    model, *fields = FIELDS[name]
+    args = argparse.Namespace(model=model, seed=0, world=1, device=torch.device("cpu"))
+    usual, learned = dataclasses.asdict(train.MODELS[model].CONFIGS["nano"]), 0
+    train.override(fields, usual)
+    for field, text in ((f, text) for f, old in usual.items() for text in odd_values(old)):
+        config = dict(usual)
+        try:
+            train.override([f"{field}={text}"], config)
+            train.check_numbers(config)
+            net = train.make_net(args, config, 2)
+        except coco.DataError:
+            continue
+        h, w = [config["img_size"]] * 2 if model == "simmim" else (48, 64)
+        masks = torch.zeros(1, h, w, dtype=torch.bool)
+        masks[0, 6:30, 5:25] = True
+        target = dict(boxes=torch.tensor([[5.0, 6, 25, 30]]), labels=torch.tensor([1]), image_id=1)
+        target |= dict(masks=masks, semantic=masks[0].long())
+        images = [torch.rand(3, h, w), torch.rand(3, h, w)]
+        if getattr(net, "wants_pictures", False):
+            net.prepare(images)
+        loss = sum(net(images, [target, target]).values())
+        loss.backward()
+        assert loss.isfinite(), (field, text)
+        with torch.inference_mode():
+            net.eval()(images)
+        learned += 1
+    assert learned >= 10
 
 
 # --- Properties -----------------------------------------------------------------------------------
