@@ -272,7 +272,7 @@ class Backbone(nn.Module):
             between = [*positions_for(table, c.mid_pos_grid, grids), 0]
         mask = real_tokens(grids, c.det_tokens, x.device)
         for block, position in zip(self.blocks, between, strict=True):
-            recompute = c.checkpoint and self.training and torch.is_grad_enabled()
+            recompute = c.checkpoint and torch.is_grad_enabled()
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
             x = run(x, mask) + position
         x = self.norm(x)
