@@ -398,8 +398,8 @@ def check_stages(c):
         raise ValueError("give four values, one a stage, and a design of v1, v2 or v2_li")
     if not all(isinstance(n, int) and n > 0 for n in (*c.embed_dims, *c.sr_ratios)):
         raise ValueError("embed_dims and sr_ratios are whole numbers from 1 on")
-    if c.pos_size < 32 or c.head_dim < 16 or min(c.head_depth, c.queries - 1) < 0:
-        raise ValueError("pos_size is at least 32, head_dim 16, head_depth 0, queries 1")
+    if c.pos_size < 32 or c.head_dim < 2 or min(c.head_depth, c.queries - 1) < 0:
+        raise ValueError("pos_size is at least 32, head_dim 2, head_depth 0, queries 1")
     if c.anchor_scale <= 0:
         raise ValueError("anchor_scale is above 0")
     if c.design == "v1" and c.head == "classifier" and c.sr_ratios[3] != 1:
@@ -596,6 +596,8 @@ class RetinaNet(nn.Module):
     def __init__(self, c, num_classes):
         super().__init__()
         dim, self.scale, self.num_classes = c.head_dim, c.anchor_scale, num_classes
+        if c.group_norm and (dim < 16 or dim % 8):
+            raise ValueError("group_norm needs a head_dim of 16, 24, 32 ...")
         norm = partial(nn.GroupNorm, 8) if c.group_norm else None
         self.fpn = FeaturePyramidNetwork(c.embed_dims[1:], dim, norm_layer=norm)
         self.p6 = nn.Conv2d(c.embed_dims[3], dim, 3, stride=2, padding=1)

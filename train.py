@@ -514,16 +514,17 @@ def plan(args, dataset, was):
 
 
 def check_finite(step, norm, parts, grads):
-    """parts: (losses, targets) of each batch of a step; grads: of each parameter, by name."""
+    """parts: losses and image ids of each batch of a step; grads: of each parameter, by name."""
     if (norm + sum(sum(losses.values()) for losses, _ in parts)).isfinite():
         return  # one number a step for a GPU to wait for; only now look for the cause
-    for losses, targets in parts:
+    for losses, ids in parts:
         if bad := [name for name, loss in losses.items() if not loss.isfinite()]:
-            ids = ", ".join(str(t["image_id"]) for t in targets)
-            raise not_finite(step, f"{', '.join(bad)} is not finite on images {ids}")
+            images = ", ".join(map(str, ids))
+            raise not_finite(step, f"{', '.join(bad)} is not finite on images {images}")
     bad = [name.removeprefix("module.") for name, g in grads.items() if not g.isfinite().all()]
     whose = ", ".join(bad[:3]) or "all parameters together"
-    raise not_finite(step, f"the gradient of {whose} is not finite")
+    seen = " (another process may name the images)" if dist.is_initialized() else ""
+    raise not_finite(step, f"the gradient of {whose} is not finite{seen}")
 
 
 def not_finite(step, what):
@@ -546,7 +547,8 @@ def train_step(args, model, optimizer, batches, step):
             with autocast(args):
                 losses = model(images, targets)
             (sum(losses.values()) / args.accumulate).backward()
-        parts.append(({name: loss.detach() for name, loss in losses.items()}, targets))
+        ids = [target["image_id"] for target in targets]
+        parts.append(({name: loss.detach() for name, loss in losses.items()}, ids))
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm(grads.values())
     check_finite(step, norm, parts, grads)
@@ -1012,7 +1014,8 @@ def make_net(args, config, num_classes):
     except (ValueError, RuntimeError, ArithmeticError) as error:
         if explain(error):
             raise
-        raise DataError(f"--set: no such model: {str(error).splitlines()[0]}") from None
+        given = " ".join(["--set", *args.set])
+        raise DataError(f"{given}: no such model: {str(error).splitlines()[0]}") from None
     if args.device.type == "cuda" and args.world > 1:
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return net.to(args.device, memory_format=torch.channels_last)

@@ -498,16 +498,17 @@ FIELDS = MODELS | {
 @pytest.mark.parametrize("name", FIELDS)
 def test_any_value_of_a_field_makes_a_model_that_learns_or_is_refused(name):
     model, *fields = FIELDS[name]
-    args = argparse.Namespace(model=model, seed=0, world=1, device=torch.device("cpu"))
     usual, learned = dataclasses.asdict(train.MODELS[model].CONFIGS["nano"]), 0
     train.override(fields, usual)
     for field, text in ((f, text) for f, old in usual.items() for text in odd_values(old)):
-        config = dict(usual)
+        config, given = dict(usual), [f"{field}={text}"]
+        about = dict(model=model, seed=0, world=1, device=torch.device("cpu"), set=given)
         try:
-            train.override([f"{field}={text}"], config)
+            train.override(given, config)
             train.check_numbers(config)
-            net = train.make_net(args, config, 2)
-        except coco.DataError:
+            net = train.make_net(argparse.Namespace(**about), config, 2)
+        except coco.DataError as error:
+            assert str(error).startswith(f"--set {field}")
             continue
         h, w = [config["img_size"]] * 2 if model == "simmim" else (48, 64)
         masks = torch.zeros(1, h, w, dtype=torch.bool)
@@ -519,11 +520,14 @@ def test_any_value_of_a_field_makes_a_model_that_learns_or_is_refused(name):
             net.prepare(images)
         loss = sum(net(images, [target, target]).values())
         loss.backward()
-        assert loss.isfinite(), (field, text)
+        grads = [p.grad for p in net.parameters() if p.grad is not None]
+        assert loss.isfinite() and all(g.isfinite().all() for g in grads), given
+        assert any(g.any() for g in grads), given
         with torch.inference_mode():
-            net.eval()(images)
+            answers = [value for answer in net.eval()(images) for value in answer.values()]
+        assert all(value.isfinite().all() for value in answers), given
         learned += 1
-    assert learned >= 10
+    assert learned >= 14
 
 
 # --- Properties -----------------------------------------------------------------------------------

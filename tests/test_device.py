@@ -5,7 +5,7 @@ What is not tried: the GPU's own kernels, their rounding, autocast and compilati
 
 import pytest
 import torch
-from test_runs import SETTINGS, one_thread, run, same  # noqa: F401
+from test_runs import SETTINGS, log_without_speed, one_thread, run, same  # noqa: F401
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -21,7 +21,13 @@ INDEXING |= {aten._index_put_impl_.default}
 
 
 class Elsewhere(torch.Tensor):
-    """Holds a tensor `inner` of the CPU, computes with it, and refuses company that is not so."""
+    """Holds a tensor `inner` of the CPU, computes with it, and refuses company that is not so.
+
+    As on a GPU only copies, indices and single numbers, where each place counts for itself, may
+    come from here.
+    """
+
+    calls = 0
 
     @staticmethod
     def __new__(cls, inner):
@@ -44,14 +50,16 @@ class Elsewhere(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        if (
-            func is not aten.copy_.default
-        ):  # the GPU too reads numbers, copies and indices from here
-            strangers = tensors[:1] if func in INDEXING else [x for x in tensors if x.ndim]
-            if not all(isinstance(x, Elsewhere) for x in strangers):
-                raise RuntimeError(f"{func}: tensors of two devices")
+        cls.calls, kwargs = cls.calls + 1, kwargs or {}
+        company = (args[0], *args[2:]) if func in INDEXING else (args, kwargs)
+        if func is aten.index_put.default:  # autograd's, which makes its zeros where `inner` is
+            company = args[0]
+        tensors = [x for x in tree_leaves(company) if isinstance(x, torch.Tensor)]
+        strangers = [x for x in tensors if not isinstance(x, Elsewhere)]
+        if torch.Tag.pointwise in func.tags or func in {aten.fill_.Tensor, *INDEXING}:
+            strangers = [x for x in strangers if x.ndim]
+        if strangers and func is not aten.copy_.default:
+            raise RuntimeError(f"{func}: tensors of two devices")
         out = func(*to_here(args), **to_here(kwargs))
         return return_and_correct_aliasing(func, args, kwargs, to_there(out))
 
@@ -81,6 +89,8 @@ class Machine(TorchFunctionMode):
             return to_here(args[0]).to(*args[1:], **kwargs)
         devices = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.device)]
         if devices == [ELSEWHERE] and func is not torch._C._nn._parse_to:
+            if any(isinstance(x, torch.Generator) for x in kwargs.values()):
+                raise RuntimeError(f"{func}: a generator of the CPU")
             args, kwargs = tree_map_only(torch.device, lambda _: "cpu", (args, kwargs))
             return to_there(func(*args, **kwargs))
         return func(*args, **kwargs)
@@ -91,11 +101,11 @@ def machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for name in ("evaluate", "predict"):  # inference tensors cannot be wrapped
         monkeypatch.setattr(train, name, torch.no_grad()(getattr(train, name).__wrapped__))
-    overwrite = torch.__future__.set_overwrite_module_params_on_conversion
-    overwrite(True)  # else parameters keep their type
+    future, was = torch.__future__, torch.__future__.get_overwrite_module_params_on_conversion()
+    future.set_overwrite_module_params_on_conversion(True)  # else parameters keep their type
     with Machine():
         yield
-    overwrite(False)
+    future.set_overwrite_module_params_on_conversion(was)
 
 
 def test_the_machine_tells_devices_apart(machine):
@@ -103,29 +113,51 @@ def test_the_machine_tells_devices_apart(machine):
     assert there.device == (there + 1).device == ELSEWHERE and here.device.type == "cpu"
     assert (there * torch.tensor(2.0)).tolist() == [2, 2, 2] and there[here].device == ELSEWHERE
     assert (here.to(ELSEWHERE) + there).cpu().tolist() == [1, 2, 3]
-    for mistake in (lambda: here + there, lambda: here[there.long()], lambda: there.numpy()):
+    generator = torch.Generator()
+    mistakes = [
+        lambda: here + there,
+        lambda: here[there.long()],
+        lambda: there.numpy(),
+        lambda: there.double(),
+        lambda: torch.stack([there.sum(), torch.tensor(0.0)]),
+        lambda: there.index_put_((here,), torch.zeros(3)),
+        lambda: torch.rand(3, generator=generator, device=ELSEWHERE),
+    ]
+    for mistake in mistakes:
         with pytest.raises((RuntimeError, TypeError)):
             mistake()
+
+
+SWIN = "patch=4 mask_patch=16 depths=1,1 num_heads=1,2"
 
 
 @pytest.mark.parametrize(
     "words",
     ["simmim", "simmim task=classify", "simmim target=tokens clusters=8", "mimdet"]
+    + ["simmim encoder=beit target=bins8", f"simmim encoder=swin head=inverse_swin_t {SWIN}"]
+    + [f"simmim encoder=swin_v2 target=color_cluster clusters=8 {SWIN}"]
     + ["mimdet fill=mask stem=patch", "yolos", "yolos depth=2 mid_pos_grid=4,4"]
-    + [f"pvt head={h}" for h in ("retinanet", "classifier", "detr", "semantic", "trans2seg")],
+    + ["yolos stem=patch reference_points=false", "pvt design=v2", "pvt head=classifier"]
+    + [f"pvt head={head}" for head in ("retinanet", "detr", "semantic design=v2_li", "trans2seg")],
 )
 def test_a_run_elsewhere_is_the_run_here(words, shapes, tmp_path, machine):
-    """Trained, evaluated, resumed and drawn on either, every weight is the same."""
+    """Trained, resumed, evaluated and drawn on either, weights, answers and pictures are equal."""
     model, *settings = words.split()
-    picture = shapes / "val2017" / "000000000001.jpg"
+    picture, calls = shapes / "val2017" / "000000000001.jpg", []
     for device in ("cpu", "cuda"):
         args = ["--out", tmp_path / device, "--device", device, "--workers", 0, "--batch-size", 4]
         trains = [*args, "--data", shapes, "--epochs", 0.5, "--set", *SETTINGS[model], *settings]
-        assert run(model, *trains, "--steps", 2) == 0  # of 3
+        Elsewhere.calls = 0
+        assert run(model, *trains, "--steps", 2) == 0  # a part of the epochs
         assert run(model, *trains, "--resume") == 0
         looks = ["--attention"] if model == "yolos" else []
         assert run(model, *args, "--predict", picture, *looks, tiny=False) == 0
-    assert same(tmp_path / "cpu", tmp_path / "cuda")
+        calls.append(Elsewhere.calls)
+    assert calls[0] == 0 < calls[1]
+    here, there = tmp_path / "cpu", tmp_path / "cuda"
+    assert same(here, there) and log_without_speed(here) == log_without_speed(there)
+    for file in [*here.glob("*.png"), *here.glob("detections.json")]:
+        assert file.read_bytes() == (there / file.name).read_bytes(), file.name
 
 
 def test_what_was_found_elsewhere_is_drawn_told_and_written_here(shapes, machine):
