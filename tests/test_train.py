@@ -435,7 +435,7 @@ def test_impossible_settings_of_yolos_are_answered_in_one_line(setting, shapes, 
     args = ("--data", shapes, "--out", tmp_path / "run", "--set", setting)
     assert run_yolos(*args) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: --set: ") and error.count("\n") == 1
+    assert error.startswith(f"error: --set {setting}: no such model: ") and error.count("\n") == 1
 
 
 def test_attention_is_refused_where_there_is_none(finished, shapes, capsys):
@@ -533,7 +533,8 @@ def test_impossible_settings_of_pvt_are_answered_in_one_line(setting, shapes, tm
     args = ["--model", "pvt", "--data", shapes, "--out", tmp_path / "run", "--set"]
     assert run(*args, *TINY_PVT, setting) == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: --set: ") and message.count("\n") == 1
+    assert message.startswith("error: --set ") and f" {setting}: no such model: " in message
+    assert message.count("\n") == 1
 
 
 def test_weights_of_the_authors_segmenters_and_detectors_are_found(shapes, tmp_path, capsys):
