@@ -516,7 +516,7 @@ def plan(args, dataset, was):
 def check_finite(step, norm, parts, grads):
     """parts: losses and image ids of each batch of a step; grads: of each parameter, by name."""
     if (norm + sum(sum(losses.values()) for losses, _ in parts)).isfinite():
-        return  # one number a step for a GPU to wait for; only now look for the cause
+        return  # a GPU is waited for once a step; what follows looks for the cause
     for losses, ids in parts:
         if bad := [name for name, loss in losses.items() if not loss.isfinite()]:
             images = ", ".join(map(str, ids))

@@ -261,7 +261,7 @@ def test_a_malicious_or_foreign_file_is_refused(finished, shapes, tmp_path, caps
         (["--set", "depth=2", "--set", "num_heads=5"], "width 192 cannot be shared by 5 heads"),
         (["--set", "fill=foam"], 'fill must be "conv" or "mask", not "foam"'),
         (["--set", "sample_ratio=25"], "sample_ratio and eval_ratio are shares of the tokens"),
-        (["--set", "proposals=0"], "rpn_batch, roi_batch, anchor_scale, grid and fpn_dim: 1 or"),
+        (["--set", "proposals=0"], "proposals, rpn_batch, roi_batch, anchor_scale, grid and"),
         (["--set", "warmup=-1"], "--set warmup: -1 is too small"),
         (["--set", "max_size=0"], "--set max_size: 0 is too small"),
         (["--set", "lr_spread=0"], "--set lr_spread: 0.0 is too small"),
