@@ -428,7 +428,8 @@ def finish(image, target):
 def resized(h, w, short, longest, multiple=1):
     """Size with short side `short`, or long side `longest` if smaller.
 
-    Rounded as in Detectron2, or with a multiple as in DETR, then cut to multiples as in YOLOS.
+    Rounded as in mmdetection (Detectron2 may differ by a pixel, where exactly half a one is left),
+    or with a multiple as in DETR, then cut to multiples as in YOLOS.
     """
     low, high = min(h, w), max(h, w)
     if multiple == 1:
@@ -469,7 +470,8 @@ class Transform:
                 return v2.RandomResizedCrop(side, r["crop"], interpolation=how)(image, target)
             return v2.Resize(side, how)(image, target)
         if train and len(r["crop"]) == 2 and torch.rand(()) < 0.5:
-            image, target = resize(image, target, choice((400, 500, 600)))
+            short, multiple = choice((400, 500, 600)), r["multiple"]
+            image, target = resize(image, target, short, multiple=multiple)
             image, target = crop(image, target, *r["crop"])
         sizes, longest = r["sizes"] or [min(image.shape[-2:])], r["max_size"]
         short = choice(sizes) if train else sizes[-1]

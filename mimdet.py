@@ -77,7 +77,7 @@ PAPER = dict(
     lr_spread=2.0,  # encoder blocks: lr / 2; decoder, FPN and heads: lr * 2
     weight_decay=0.1, clip=0.0,  # no gradient clipping
     epochs=36, warmup=469,  # steps
-    schedule=(0.75, 0.9167),  # lr x 0.1 at these parts of the run; "cosine" is the other choice
+    schedule=(0.75, 11 / 12),  # lr x 0.1 at these parts of the run; "cosine" is the other choice
     sizes=(480, 512, 544, 576, 608, 640, 736, 768, 800),  # short sides; no 672, 704, as released
     max_size=1333, multiple=1,  # long sides; sides are not cut to a multiple
     crop=(384, 600),  # every second image: resized to 400, 500 or 600, then cropped to such sides

@@ -29,11 +29,11 @@ from torchvision.ops import (
     FeaturePyramidNetwork,
     StochasticDepth,
     batched_nms,
+    box_area,
     box_convert,
     box_iou,
     clip_boxes_to_image,
     generalized_box_iou,
-    generalized_box_iou_loss,
     sigmoid_focal_loss,
 )
 
@@ -441,7 +441,7 @@ def retina_anchors(maps, scale):
         stride, (H, W) = 8 * 2**level, x.shape[-2:]
         ratio = torch.tensor([0.5, 1.0, 2.0], device=x.device).sqrt()[:, None]
         side = stride * scale * 2 ** (torch.arange(3, device=x.device) / 3)  # (3,)
-        half = torch.stack([side / ratio, side * ratio], dim=-1).reshape(-1, 2) / 2  # (9, 2)
+        half = torch.stack([side * (1 / ratio), side * ratio], dim=-1).reshape(-1, 2) / 2  # (9, 2)
         ys, xs = (torch.arange(length, device=x.device) * stride for length in (H, W))
         centers = torch.stack([xs.expand(H, W), ys[:, None].expand(H, W)], dim=-1)  # (H, W, 2)
         centers = centers.reshape(-1, 1, 2)
@@ -498,6 +498,19 @@ def normalise_boxes(boxes_xyxy, size):
     """Boxes (M, 4) xyxy in pixels of an image (h, w) -> cxcywh as shares of it."""
     h, w = size
     return box_convert(boxes_xyxy / boxes_xyxy.new_tensor([w, h, w, h]), "xyxy", "cxcywh")
+
+
+def paired_giou(a_xyxy, b_xyxy):
+    """Generalised IoU (N,) of boxes (N, 4) pair by pair (arXiv:1902.09630, Alg. 1).
+
+    As released, nothing is added to the divisors: torchvision's loss is 1e-3 off on boxes of 8 px.
+    """
+    low, high = torch.minimum(a_xyxy, b_xyxy), torch.maximum(a_xyxy, b_xyxy)
+    sides = (low[:, 2:] - high[:, :2]).clamp(min=0)
+    inner = sides[:, 0] * sides[:, 1]
+    hull = box_area(torch.cat([low[:, :2], high[:, 2:]], dim=1))
+    union = box_area(a_xyxy) + box_area(b_xyxy) - inner
+    return inner / union - (hull - union) / hull
 
 
 def smallest_cover(points_norm, boxes_norm):
@@ -640,6 +653,7 @@ class RetinaNet(nn.Module):
         """Focal loss of anchors, not of those in between (-2), and L1 of those with an object.
 
         Both are divided by the number of the latter, at least 1 an image.
+        Differs: mmdetection has no anchors where a smaller image is padded past multiples of 32.
         """
         logits, deltas, anchors = torch.cat(outputs[0], 1), torch.cat(outputs[1], 1), outputs[2]
         anchors, count = torch.cat(anchors), 0
@@ -848,7 +862,6 @@ def set_losses(logits, boxes_norm, targets, pairs, no_object_weight, number):
     Arguments and pairs as in hungarian_match. Queries without an object should answer the last
     class. The class loss is a mean weighted by class, over all processes (released: over one); the
     box losses are divided by `number`, its mean over the processes and at least 1.
-    Differs: GIoU's divisor is torchvision's, 1e-7 larger than in the released code.
     """
     wanted = torch.full(logits.shape[:2], logits.shape[2] - 1, device=logits.device)  # (B, Q)
     for row, target, (query, item) in zip(wanted, targets, pairs, strict=True):
@@ -860,13 +873,13 @@ def set_losses(logits, boxes_norm, targets, pairs, no_object_weight, number):
     counts = torch.stack([weight[wanted].sum(), weight.new_tensor(number)])
     total_weight, number = over_processes(counts)
     total_weight, number = total_weight.clamp(min=1e-6), number.clamp(min=1)
-    corners = (box_convert(b, "cxcywh", "xyxy") for b in (found, truth))
+    giou = paired_giou(*(box_convert(b, "cxcywh", "xyxy") for b in (found, truth)))
     logits, wanted = logits.flatten(0, 1).float(), wanted.flatten()
     error = F.cross_entropy(logits, wanted, weight, reduction="sum")
     return {
         "loss_cls": error / total_weight,
         "loss_box": 5 * (found - truth).abs().sum() / number,
-        "loss_giou": 2 * generalized_box_iou_loss(*corners, reduction="sum") / number,
+        "loss_giou": 2 * (1 - giou).sum() / number,
     }
 
 
@@ -882,8 +895,8 @@ def select_best(logits, boxes_norm, size):
 class Segmenter(nn.Module):
     """Logits (B, K + 1, H/4, W/4) of every pixel: the data's classes, then background.
 
-    Differs: ADE20K has no background class, and the released code stretches images to multiples of
-    32 where this file pads them.
+    Differs: ADE20K has no background class (a released file has 150 rows: one for each), and the
+    released code stretches images to multiples of 32 where this file pads them.
     """
 
     def loss(self, logits, targets, sizes):
@@ -916,6 +929,9 @@ class SemanticFPN(Segmenter):
         super().__init__()
         dim = c.head_dim
         self.fpn = FeaturePyramidNetwork(c.embed_dims, dim)
+        for module in self.fpn.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
         self.scale_heads = nn.ModuleList()
         for level in range(4):
             branch = []

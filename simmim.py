@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
 from scipy.interpolate import RectBivariateSpline
 from scipy.ndimage import distance_transform_edt
-from scipy.optimize import brentq
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.swin_transformer import (
@@ -85,7 +84,7 @@ PAPER = dict(
     # sizes is always the config's img_size
     warmup=6255,  # Differs: steps of 2048 ImageNet images; the warm-up starts at 0
     schedule=(0.875,), sizes=(224,), max_size=224, multiple=1, crop=(0.67, 1.0),
-)
+)  # the paper's ablations: lr=8e-4 epochs=100 schedule=cosine, then layer_decay=0.9 to fine-tune
 # Differs: no mixup, cutmix, RandAugment, erasing and label smoothing; pictures become squares in
 # evaluation too; the cosine begins after the warm-up and ends at 0, released: 1e-6.
 CLASSIFY = PAPER | dict(
@@ -252,9 +251,11 @@ def draw_mask(kind, cells, ratio, generator, side=16):
 def avg_dist(mask, patch):
     """Mean distance in pixels from a hidden pixel to the nearest visible one (Sec. 4.1.2, Fig. 3).
 
-    mask: (h, w) bool of patches with a side of `patch` pixels.
+    mask: (h, w) bool of patches with a side of `patch` pixels. NaN if all or none are hidden.
     """
     pixels = np.asarray(mask).repeat(patch, 0).repeat(patch, 1)
+    if pixels.all() or not pixels.any():
+        return math.nan
     return float(distance_transform_edt(pixels)[pixels].mean())
 
 
@@ -551,7 +552,7 @@ def check_choices(c):
     for field, known in choices.items():
         if getattr(c, field) not in known:
             raise ValueError(f"{field} is one of {', '.join(known)}, not {getattr(c, field)}")
-    if c.img_size % c.mask_patch or c.mask_patch % c.patch:
+    if c.task == "pretrain" and (c.img_size % c.mask_patch or c.mask_patch % c.patch):
         raise ValueError("mask_patch must divide img_size, and patch mask_patch")
     if not 0 < c.mask_ratio <= 1 or len(c.depths) != len(c.num_heads):
         raise ValueError("mask_ratio is a share, and each stage has depths and num_heads")
@@ -792,7 +793,8 @@ def resize_bias_table(table, rows):
     """Relative table (a * a [+ 3], h) -> (rows, h) by BEiT's scheme: near places keep their detail.
 
     Steps between the old places grow geometrically outwards, so that they span the new, and a
-    bicubic spline is read at whole numbers. The class token's three rows are kept.
+    bicubic spline is read at whole numbers. As released, they grow by 1.01 to 1.5 each: of a larger
+    table the middle is taken. The class token's three rows are kept.
     """
     extra = 3 if math.isqrt(len(table)) ** 2 != len(table) else 0
     old, new = math.isqrt(len(table) - extra), math.isqrt(rows - extra)
@@ -800,12 +802,14 @@ def resize_bias_table(table, rows):
         return table
     half, reach = old // 2, new // 2
     grids = table[: old * old].double().T.reshape(-1, old, old)
-    if min(half, reach) < 2:  # too small for a spline
+    if half < 2:  # too small for a spline
         size = (new, new)
         grids = F.interpolate(grids[None], size=size, mode="bilinear", align_corners=True)[0]
     else:
-        span = lambda q: sum(q**i for i in range(half)) - reach  # noqa: E731
-        q = brentq(span, 1e-3, 50)
+        low, high = 1.01, 1.5
+        while high - low > 1e-6:  # no closer than released
+            q = (low + high) / 2
+            low, high = (low, q) if sum(q**i for i in range(half)) > reach else (q, high)
         steps = np.cumsum([q**i for i in range(half)])
         places, wanted = np.r_[-steps[::-1], 0, steps], np.arange(-reach, reach + 1)
         splines = (RectBivariateSpline(places, places, z) for z in grids.numpy())
@@ -826,7 +830,7 @@ def from_official(state_dict, config=CONFIGS["vit_base"]):
 
     Reads pre-training and fine-tuning files, ViT and Swin. To fine-tune what was pre-trained, the
     head for pixels is left out, the shared table copied into every block, and tables are resized to
-    the config's windows (released code's remapping).
+    the config's windows (released code's remapping). To go on pre-training they are not resized.
     """
     state, classify = {}, config.task == "classify"
     for key, value in state_dict.get("model", state_dict).items():

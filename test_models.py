@@ -465,6 +465,18 @@ def test_hungarian_matching_equals_brute_force():
     assert [len(side) for side in pairs[1]] == [0, 0]
 
 
+@pytest.mark.parametrize("side", [0.3, 0.01])
+def test_giou_of_pairs_has_nothing_added(side):
+    torch.manual_seed(0)
+    a = box_convert(torch.rand(50, 4) * side + 0.01, "cxcywh", "xyxy")
+    b = a + torch.randn(50, 4) * side / 10
+    b = torch.cat([torch.minimum(b[:, :2], b[:, 2:]), torch.maximum(b[:, :2], b[:, 2:])], dim=1)
+    expected = generalized_box_iou(a, b).diag()
+    assert torch.equal(yolos.paired_giou(a, b), expected)
+    assert torch.equal(yolos.paired_giou(a, a), torch.ones(50))
+    assert yolos.paired_giou(a[:0], b[:0]).shape == (0,)
+
+
 def test_more_objects_than_det_tokens_are_matched_as_far_as_the_tokens_go():
     images, targets = example((64, 64), objects=9)
     losses = yolos_model()(images, targets)
@@ -926,12 +938,20 @@ def test_masks_hide_their_share(kind, ratio, cells):
             assert mask.sum() == wanted
 
 
+def test_a_classifier_has_no_mask_to_divide_its_pictures():
+    with torch.device("meta"):
+        simmim.build(replace(simmim.CONFIGS["vit_base"], task="classify", img_size=336), 3)
+        with pytest.raises(ValueError, match="mask_patch must divide img_size"):
+            simmim.build(replace(simmim.CONFIGS["vit_base"], img_size=336), 3)
+
+
 def test_avg_dist_equals_brute_force():
     mask = simmim.draw_mask("random", (4, 5), 0.6, torch.Generator().manual_seed(0))
     pixels = mask.repeat_interleave(3, 0).repeat_interleave(3, 1)
     hidden, visible = pixels.nonzero().double(), (~pixels).nonzero().double()
     expected = torch.cdist(hidden, visible).amin(dim=1).mean().item()
     assert simmim.avg_dist(mask, 3) == pytest.approx(expected)
+    assert all(math.isnan(simmim.avg_dist(torch.full((4, 5), same), 3)) for same in (True, False))
 
 
 @pytest.mark.parametrize(
@@ -1269,14 +1289,18 @@ def test_released_segmenters_have_a_place_for_every_weight():
 
 @pytest.mark.parametrize(("old", "new"), [(6, 7), (12, 14), (4, 8), (7, 6), (2, 3), (3, 2)])
 def test_bias_tables_of_any_window_are_resized(old, new):
-    """What is the same everywhere, or grows along an axis, still does so."""
+    """What is the same everywhere, or grows along an axis, still does so, by about 1 a step."""
     side, wanted = 2 * old - 1, 2 * new - 1
     ramp = torch.linspace(-1, 1, side).expand(side, side)
     table = torch.stack([torch.ones(side, side), ramp, ramp.T], dim=-1).flatten(0, 1)
     flat, x, y = simmim.resize_bias_table(table, wanted**2).T.reshape(3, wanted, wanted)
     torch.testing.assert_close(flat, torch.ones(wanted, wanted))
     torch.testing.assert_close(x, y.T)
-    assert (x.diff(dim=1) > 0).all() and x[0, 0].item() == pytest.approx(-1, abs=1e-3)
+    if new > old:  # all of the table is there, in the largest of these steps with its edge twice
+        assert (x.diff(dim=1) >= 0).all() and x[0, 0].item() == pytest.approx(-1, abs=1e-3)
+    else:  # its middle
+        steps = 1 / 1.01 ** torch.arange(new - 1) / (old - 1)
+        torch.testing.assert_close(x[0, new - 1 :].diff(), steps, rtol=0.01, atol=0)
 
 
 def test_an_encoder_goes_from_simmim_to_the_detectors():
@@ -1419,7 +1443,8 @@ def shapes_under_trace(file, comments, run):
 
         def local(frame, event, result):
             name, _ = comments.get(last[0], (None, None))
-            if event in ("line", "return") and name not in (None, "return"):
+            left = event == "return" or frame.f_lineno != last[0]  # comprehensions come back to it
+            if event in ("line", "return") and left and name not in (None, "return"):
                 look(last[0], frame.f_locals.get(name), sizes)
             if event == "return" and comments.get(frame.f_lineno, ("",))[0] == "return":
                 look(frame.f_lineno, result, sizes)

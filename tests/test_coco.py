@@ -9,6 +9,7 @@ import PIL.Image
 import PIL.ImageColor
 import pytest
 import torch
+from torchvision import tv_tensors
 
 import coco
 from coco import DataError
@@ -241,6 +242,16 @@ def test_with_a_multiple_sizes_are_those_of_released_yolos():
     assert coco.resized(480, 640, 512, 853, 16) == (512, 672)
     assert coco.resized(128, 160, 128, 320, 16) == (128, 160)
     assert coco.resized(5, 40, 5, 320, 16) == (16, 32)
+
+
+def test_before_a_crop_sides_are_cut_to_the_multiple_too(monkeypatch):
+    seen = set()
+    monkeypatch.setattr(coco, "crop", lambda image, *a: (seen.add(image.shape[1:]), image, {})[1:])
+    recipe = dict(sizes=(512,), max_size=1013, multiple=16, crop=(384, 600))
+    transform = coco.Transform(recipe, train=True)
+    for _ in range(40):
+        transform(tv_tensors.Image(torch.zeros(3, 48, 64, dtype=torch.uint8)), {})
+    assert seen == {(400, 528), (496, 656), (592, 800)}
 
 
 def test_evaluation_of_a_smaller_size_has_a_smaller_limit():

@@ -109,8 +109,8 @@ def test_anchors_equal_the_released_ones():
     for level, boxes in enumerate(anchors, start=3):
         wanted = golden[f"p{level}"]
         assert list(boxes.shape) == wanted["shape"]
-        torch.testing.assert_close(boxes[:9], torch.tensor(wanted["first9"]), rtol=1e-6, atol=0)
-        torch.testing.assert_close(boxes[-1], torch.tensor(wanted["last"]), rtol=1e-6, atol=0)
+        torch.testing.assert_close(boxes[:9], torch.tensor(wanted["first9"]), rtol=0, atol=0)
+        torch.testing.assert_close(boxes[-1], torch.tensor(wanted["last"]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("case", ["losses", "losses_second_image_empty"])

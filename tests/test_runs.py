@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import shutil
 import signal
@@ -156,6 +157,35 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(model, shapes, tmp_path,
     assert run(*args, "--out", out, "--resume") == 0
     assert same(whole, out) and log_without_speed(whole) == log_without_speed(out)
     assert not list(out.glob("*.partial"))
+
+
+@pytest.mark.parametrize("model", SETTINGS)
+def test_a_run_killed_five_times_at_random_goes_on_bit_for_bit(
+    model, shapes, tmp_path, monkeypatch
+):
+    whole, out, kills = tmp_path / "whole", tmp_path / "killed", 0
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)  # a checkpoint is written after every step
+    args = (model, "--data", shapes, "--limit", 24, "--steps", 8, "--batch-size", 4, "--out")
+    began = time.time()
+    assert run(*args, whole) == 0
+    seconds = time.time() - began
+
+    def resume():
+        return ["--resume"] if (out / "last.pt").exists() else []
+
+    while kills < 5:
+        if (child := os.fork()) == 0:
+            os._exit(run(*args, out, *resume()))
+        time.sleep(random.uniform(0, seconds))
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status):
+            kills += 1
+        else:  # it was faster: begin again
+            assert status == 0 and same(whole, out)
+            shutil.rmtree(out)
+    assert run(*args, out, *resume()) == 0
+    assert same(whole, out) and log_without_speed(whole) == log_without_speed(out)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
