@@ -27,9 +27,17 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.datasets.folder import is_image_file
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
+
+# COCO's 80 categories, for released weights, which do not bring their names; ids have gaps.
+CLASSES = [
+    {"id": i, "name": name}
+    for i, name in enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+    if name not in ("__background__", "N/A")
+]
 
 
 class DataError(Exception):
@@ -160,6 +168,11 @@ def read_annotations(file):
         how = "correct it, remove the entry or export it again"
         raise DataError(f"{file}: not a COCO annotation file: {error}; {how}") from None
     return tables
+
+
+def find_images(folder):
+    """Paths of the pictures in a folder and those below it, by their file names' endings."""
+    return sorted(file for file in Path(folder).rglob("*") if is_image_file(file.name))
 
 
 def read_image(path, size=None):
@@ -382,7 +395,7 @@ class Pictures(CocoDataset):
             super().__init__(root, split, transform, limit)
         else:
             self.folder, self.transform = Path(root), transform
-            files = sorted(f for f in self.folder.rglob("*") if is_image_file(f.name))
+            files = find_images(root)
             found, held = len(files), files[9::10] or files[-1:]
             files = (held if split == "val" else sorted({*files} - {*held}))[:limit]
             if not files:

@@ -194,6 +194,8 @@ def pad_batch(images, multiple):
 
     Returns the batch (B, 3, H, W), its sides multiples of `multiple`, and the true sizes (h, w).
     """
+    if not len(images) or not all(x.is_floating_point() and x.ndim == 3 for x in images):
+        raise ValueError("images: give a list of tensors (3, h, w), floats in [0, 1]")
     sizes = [tuple(image.shape[-2:]) for image in images]
     H, W = (math.ceil(max(sides) / multiple) * multiple for sides in zip(*sizes, strict=True))
     mean = images[0].new_tensor([0.485, 0.456, 0.406])[:, None, None]

@@ -332,7 +332,7 @@ def load_weights(net, args, path, data, exact):
     if sum(v.numel() for v in fits.values()) < 0.1 * sum(v.numel() for v in wanted.values()):
         of = f"a run of {data['name']}: " if "name" in data else ""
         name = f"{args.model} {args.variant}"
-        raise DataError(f"{path}: {of}almost nothing fits {name}; is --variant right?")
+        raise DataError(f"{path}: {of}almost nothing fits {name}; are --variant and --set right?")
     if exact and len({*fits, *built}) < len(wanted):
         raise DataError(f"{path}: does not fit whole; are --set, --variant and --data the same?")
     with reading(path):
@@ -753,7 +753,10 @@ def predict(args, net):
         have = f"tokens 0 to {count - 1}" if count else "no [DET] tokens: give --model yolos"
         raise DataError(f"--attention: {args.model} has {have}")
     transform = coco.Transform(args.recipe, False, getattr(net.config, "task", "detect"))
-    for number, path in enumerate(args.predict, start=1):
+    given = [coco.find_images(path) if os.path.isdir(path) else [path] for path in args.predict]
+    if not all(given):
+        raise DataError(f"--predict {args.predict[given.index([])]}: a folder without images")
+    for number, path in enumerate(sum(given, []), start=1):
         pixels = coco.read_image(path)
         image, _ = coco.finish(*transform(pixels, {}))
         image, pixels = image.to(args.device), pixels / 255
@@ -965,7 +968,7 @@ def prepare(args):
     config = settings(args, path, saved)
     total = saved.get("plan", args.recipe)["batch_size"]
     args.batch_size = args.batch_size or max(1, total // args.world // args.accumulate)
-    args.classes = saved.get("classes") or [{"id": i, "name": f"class {i}"} for i in range(80)]
+    args.classes = saved.get("classes") or coco.CLASSES
     dataset, held_out = None, None
     if args.data or not args.predict:
         dataset, held_out = read_data(args, config, saved.get("classes"))
@@ -986,7 +989,7 @@ def read_data(args, config, classes):
     task = getattr(MODELS[args.model].Config(**config), "task", "detect")
     if task not in coco.DATASETS:
         raise DataError(f"--set task={task}: give pretrain or classify")
-    if not args.eval_only:
+    if not (args.eval_only or args.predict):
         transform = coco.Transform(args.recipe, True, task)
         dataset = coco.DATASETS[task](root, "train", transform, args.limit, classes)
         if classes and task != "pretrain" and not dataset.same_classes:

@@ -194,6 +194,8 @@ def pad_batch(images, multiple):
 
     Returns the batch (B, 3, H, W), its sides multiples of `multiple`, and the true sizes (h, w).
     """
+    if not len(images) or not all(x.is_floating_point() and x.ndim == 3 for x in images):
+        raise ValueError("images: give a list of tensors (3, h, w), floats in [0, 1]")
     sizes = [tuple(image.shape[-2:]) for image in images]
     H, W = (math.ceil(max(sides) / multiple) * multiple for sides in zip(*sizes, strict=True))
     mean = images[0].new_tensor([0.485, 0.456, 0.406])[:, None, None]
@@ -669,8 +671,9 @@ def from_official(state_dict, config=CONFIGS["base"], num_classes=80):
     vit = {key.removeprefix("encoder."): value for key, value in plain_blocks(state).items()}
     wanted = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
     vit = {"backbone." + key: value for key, value in vit.items() if key.startswith(wanted)}
-    if "backbone.pos_embed" in vit:
-        table, side = vit["backbone.pos_embed"], math.isqrt(vit["backbone.pos_embed"].shape[1])
+    table = vit.get("backbone.pos_embed", torch.zeros(0, 0, 0))
+    if table.shape[2] == config.embed_dim:  # else no part of it can be used
+        side = math.isqrt(table.shape[1])
         # The row before the patches: in distilled DeiTs the distillation token's, as released.
         first = F.pad(table[:, : -side * side], (0, 0, 1, 0))[:, -1:]
         grid = resize_grid(table[:, -side * side :], (side, side), config.pos_grid)

@@ -19,6 +19,7 @@ import torch
 import coco
 import mimdet
 import train
+import yolos
 
 ROOT = Path(__file__).parent.parent
 TINY = "embed_dim=64 depth=1 num_heads=1 decoder_dim=32 decoder_depth=1 fpn_dim=16".split()
@@ -161,6 +162,37 @@ def test_predict_draws_on_any_picture(finished, shapes, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("objects with a score of 0.5 or more") == 2
     assert (finished / f"predict-2-{picture.stem}.png").exists()
+
+
+def test_predict_takes_a_folder_and_needs_no_data_to_train_on(finished, shapes, tmp_path, capsys):
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    (tmp_path / "photos" / "notes.txt").write_text("no picture")
+    for name in ("photos/b.png", "photos/more/a.JPG"):
+        shutil.copy(next((shapes / "val2017").iterdir()), tmp_path / name)
+    shutil.copytree(shapes / "val2017", tmp_path / "data" / "val2017")
+    (tmp_path / "data" / "annotations").mkdir()
+    for file in (shapes / "annotations").glob("instances_val*"):
+        shutil.copy(file, tmp_path / "data" / "annotations")
+    args = ("--out", tmp_path / "run", "--init", finished / "best.pt", "--set", *TINY)
+    assert run(*args, "--data", tmp_path / "data", "--predict", tmp_path / "photos") == 0
+    drawn = sorted(file.name for file in (tmp_path / "run").iterdir())
+    assert drawn == ["predict-1-b.png", "predict-2-a.png"]
+    (tmp_path / "empty").mkdir()
+    assert run(*args, "--predict", tmp_path / "photos", tmp_path / "empty") == 2
+    error = capsys.readouterr().err
+    assert f"--predict {tmp_path / 'empty'}: a folder without images" in error
+
+
+def test_released_weights_are_known_to_be_of_cocos_categories(shapes, tmp_path, capsys):
+    assert [category["id"] for category in coco.CLASSES] == yolos.COCO_IDS
+    state = yolos.build("nano", 80).state_dict()
+    layer = "class_embed.layers.2."
+    state[layer + "weight"], state[layer + "bias"] = torch.zeros(92, 128), torch.zeros(92)
+    state[layer + "bias"][90] = 9  # the row of COCO's last id
+    torch.save({"model": state}, tmp_path / "released.pth")
+    args = ("--model", "yolos", "--out", tmp_path, "--init", tmp_path / "released.pth")
+    assert run(*args, "--predict", next((shapes / "val2017").iterdir()), tiny=False) == 0
+    assert "toothbrush" in capsys.readouterr().out
 
 
 def test_summary_prints_every_variant(capsys):
@@ -618,6 +650,10 @@ def test_a_pre_trained_encoder_goes_on_in_the_detectors(pretrained, shapes, tmp_
     assert ": 27 of " in capsys.readouterr().out
     assert run_yolos(*start, "--out", tmp_path / "yolos", "--set", *TINY_YOLOS, *size) == 0
     assert ": 28 of " in capsys.readouterr().out
+    wide = ["embed_dim=64", *size[1:]]
+    assert run(*start, "--out", tmp_path / "a", "--set", *TINY, *wide) == 2
+    assert run_yolos(*start, "--out", tmp_path / "b", "--set", *TINY_YOLOS, *wide) == 2
+    assert capsys.readouterr().err.count("nano; are --variant and --set right?") == 2
 
 
 def test_swin_files_lack_its_index_tables_and_change_windows(shapes, tmp_path, capsys):
@@ -764,3 +800,14 @@ def test_readme_says_how_long_the_files_are():
     assert len(rows) == 6
     for name, lines in rows:
         assert len((ROOT / name).read_text().splitlines()) == pytest.approx(int(lines), abs=25)
+
+
+def test_the_lines_of_python_in_the_readme_run(finished_yolos, shapes, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(finished_yolos, tmp_path / "runs" / "yolos-nano")
+    shutil.copy(next((shapes / "val2017").iterdir()), tmp_path / "photo.jpg")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    told = subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True).stdout
+    assert any(name.encode() in told for name in coco.SHAPES) and b"tensor" in told
