@@ -73,7 +73,8 @@ def parse_args(argv):
     add("--init", metavar="FILE", help="start from weights: the authors' or this project's")
     add("--resume", nargs="?", const=True, metavar="FILE", help="go on from last.pt, or FILE")
     add("--eval-only", action="store_true", help="evaluate --init or the run's best.pt")
-    add("--predict", nargs="+", metavar="IMAGE", help="draw what --init or best.pt finds")
+    about = "draw what --init or best.pt finds on images, or on all of a folder"
+    add("--predict", nargs="+", metavar="IMAGE", help=about)
     add("--attention", nargs="*", type=int, metavar="TOKEN", help="also where [DET] tokens look")
     add("--plot", nargs="+", metavar="RUN", help="draw loss and measure of runs' folders")
     add("--summary", action="store_true", help="print parameters and GFLOPs of every variant")
@@ -980,7 +981,7 @@ def prepare(args):
 
 
 def read_data(args, config, classes):
-    """Training split (None if only evaluating) and the split to evaluate on."""
+    """Training split (None if nothing is trained) and the split to evaluate on."""
     root, dataset = args.data or "data/shapes", None
     if not args.data and args.rank == 0:
         coco.make_shapes(root)
