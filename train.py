@@ -504,8 +504,9 @@ def plan(args, dataset, was):
     names = ", ".join(c["name"] for c in dataset.classes)
     about = f"{args.total_steps} steps of {total} of {len(dataset)} images of {names:.80}"
     if was and was["about"] != about:
-        told = f"{args.resume}: a run of {was['about']}; this is one of {about}; give the same "
-        raise DataError(told + "--data, --limit, --batch-size and --epochs, or go on with --init")
+        same = "--data, --limit, --epochs and --batch-size x --accumulate x processes"
+        told = f"{args.resume}: a run of {was['about']}; this is one of {about}"
+        raise DataError(f"{told}; give the same {same}, or go on with --init")
     how = f"{recipe['lr']:g} x {total}/{recipe['batch_size']} images"
     how = "as given" if args.lr else "as before" if was else how
     args.lr = args.lr or was.get("lr") or recipe["lr"] * total / recipe["batch_size"]
