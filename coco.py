@@ -32,6 +32,9 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
+PIL.Image.init()
+FORMATS = [name for name in PIL.Image.ID if name != "EPS"]  # a program that another one would run
+
 # COCO's 80 categories, for released weights, which do not bring their names; ids have gaps.
 CLASSES = [
     {"id": i, "name": name}
@@ -44,7 +47,7 @@ class DataError(Exception):
     """Something the user handed in is wrong; one line says what, where and what to do."""
 
     def __init__(self, message):
-        super().__init__(" ".join(str(message).splitlines()))
+        super().__init__("".join(c if c.isprintable() else " " for c in str(message)))
 
 
 # --- 1. Read --------------------------------------------------------------------------------------
@@ -103,7 +106,7 @@ def run_lengths(text):
     """
     counts, value, shift = [], 0, 0
     for bits in (byte - 48 for byte in text.encode()):
-        if not 0 <= bits < 64:
+        if not 0 <= bits < 64 or shift == 30:  # pycocotools reads longer numbers in another way
             return []
         value, shift = value | (bits & 31) << shift, shift + 5
         if bits < 32:
@@ -171,8 +174,9 @@ def read_annotations(file):
 
 
 def find_images(folder):
-    """Paths of the pictures in a folder and those below it, by their file names' endings."""
-    return sorted(file for file in Path(folder).rglob("*") if is_image_file(file.name))
+    """Paths of the pictures in a folder and those below it, but not of what a run has drawn."""
+    files = (file for file in Path(folder).rglob("*") if is_image_file(file.name))
+    return sorted(file for file in files if not file.with_name("log.jsonl").exists())
 
 
 def read_image(path, size=None):
@@ -182,7 +186,7 @@ def read_image(path, size=None):
     transparent is shown.
     """
     try:
-        with PIL.Image.open(path) as file:
+        with PIL.Image.open(path, formats=FORMATS) as file:
             image = PIL.ImageOps.exif_transpose(file)
             if size and image.size != (size[1], size[0]):
                 image = file
@@ -846,7 +850,8 @@ def make_shapes(root, num_train=4000, num_val=500, seed=0):
         (unfinished / "annotations").mkdir(parents=True)
         for split, count in (("train", num_train), ("val", num_val)):
             write_shapes(unfinished, split, count, seed)
-        os.replace(unfinished, root)
+        if not root.exists():  # another run may have been faster
+            os.replace(unfinished, root)
     return root
 
 

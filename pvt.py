@@ -648,8 +648,10 @@ class RetinaNet(nn.Module):
     def pyramid(self, maps):
         """Maps p3..p7 (B, dim, H/8, W/8) ... (B, dim, H/128, W/128); p6 comes from stage 4."""
         levels = list(self.fpn({str(s): x for s, x in enumerate(maps[1:4])}).values())
-        p6 = self.p6(maps[3])
-        return [*levels, p6, self.p7(p6)]
+        # In bfloat16 a CPU's gradient for a map one pixel wide is memory that nobody has written.
+        with torch.autocast("cpu", enabled=False):
+            p6 = self.p6(maps[3].float())
+            return [*levels, p6, self.p7(p6)]
 
     def loss(self, outputs, targets, sizes):
         """Focal loss of anchors, not of those in between (-2), and L1 of those with an object.

@@ -22,6 +22,11 @@ import sys
 import time
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are the user's care
+    fcntl = None
+
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -70,21 +75,25 @@ def parse_args(argv):
     add("--amp", choices=["off", "bf16"], help="by default bf16 in training where fast")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--seed", type=int, default=0, help="of weights, order and all that is drawn; 0 by default")
+    add("--attention", nargs="*", type=int, metavar="TOKEN", help="also where [DET] tokens look")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--init", metavar="FILE", help="start from weights: the authors' or this project's")
     add("--resume", nargs="?", const=True, metavar="FILE", help="go on from last.pt, or FILE")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--eval-only", action="store_true", help="evaluate --init or the run's best.pt")
     about = "draw what --init or best.pt finds on images, or on all of a folder"
     add("--predict", nargs="+", metavar="IMAGE", help=about)
-    add("--attention", nargs="*", type=int, metavar="TOKEN", help="also where [DET] tokens look")
     add("--plot", nargs="+", metavar="RUN", help="draw loss and measure of runs' folders")
     add("--summary", action="store_true", help="print parameters and GFLOPs of every variant")
     about = "print speed and memory; all: of every model, at three sizes"
     add("--benchmark", nargs="?", const="one", choices=["one", "all"], help=about)
     args = parser.parse_args(argv)
+    if empty := [name for name, value in vars(args).items() if value == ""]:
+        parser.error(f"--{empty[0]} has an empty value: leave it out or give one")
     for name in ("epochs", "steps", "batch_size", "accumulate", "lr", "limit", "workers"):
         value = getattr(args, name)
-        if value is not None and not (0 < value < math.inf or value == 0 and name == "workers"):
-            parser.error(f"--{name.replace('_', '-')} {value}: give a number above 0")
+        if value is not None and not (0 < value < 1e9 or value == 0 and name == "workers"):
+            parser.error(f"--{name.replace('_', '-')} {value}: give a number above 0, below 1e9")
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed {args.seed}: give 0 or more, below 2**63")
     return args
@@ -140,9 +149,11 @@ def settings(args, path, saved):
     config = dataclasses.asdict(module.CONFIGS[args.variant])
     # As if given by --set: a file has no more rights than a command line.
     override(as_settings(saved.get("config", {})), config, where=f"{path}:")
+    check_numbers(config, f"{path}:")
     override([s for s in args.set if s.partition("=")[0] in config], config)
     args.recipe = recipe_of(module, args.variant, config)
     override(as_settings(saved.get("recipe", {})), args.recipe, where=f"{path}:")
+    check_numbers(args.recipe, f"{path}:")
     override(args.set, config, args.recipe)
     if "img_size" in config:
         args.recipe["sizes"] = (config["img_size"],)
@@ -150,18 +161,19 @@ def settings(args, path, saved):
     return config
 
 
-def check_numbers(table):
+def check_numbers(table, where="--set"):
     positive = ("lr", "lr_spread", "batch_size", "epochs", "sizes", "max_size", "multiple", "crop")
     for name, value in table.items():
         numbers = value if isinstance(value, tuple) else (value,)
         numbers = [n for n in numbers if isinstance(n, int | float)]
         if any(n < 0 or n == 0 and name in positive for n in numbers):
-            raise DataError(f"--set {name}: {value} is too small")
-        if not all(n < math.inf and (n <= 1 or name != "drop_path") for n in numbers):
-            raise DataError(f"--set {name}: {value} is too large, or no number")
+            raise DataError(f"{where} {name}: {value} is too small")
+        most = 1 if name == "drop_path" else 1000 if "depth" in name else 10**6
+        if not all(n <= most for n in numbers):
+            raise DataError(f"{where} {name}: {value} is too large, or no number")
         whole = isinstance(value, tuple) and name not in ("crop", "schedule", "mlp_ratios")
         if whole and any(isinstance(n, float) for n in numbers):
-            raise DataError(f"--set {name}: {value}: give whole numbers")
+            raise DataError(f"{where} {name}: {value}: give whole numbers")
 
 
 def choose_out(args):
@@ -169,17 +181,41 @@ def choose_out(args):
     trains = not (args.eval_only or args.predict or args.benchmark)
     if args.out or isinstance(args.resume, str):
         out = Path(args.out or Path(args.resume).parent)
-        source = out if args.resume is True else args.resume and Path(args.resume).parent
-        goes_on = source and source.resolve() == out.resolve()
-        if trains and not goes_on and (out / "last.pt").exists():
+        last = (out / "last.pt").resolve()
+        goes_on = args.resume is True or args.resume and Path(args.resume).resolve() == last
+        if trains and not goes_on and holds_run(out):
             raise DataError(f"{out} holds a run; give --resume to go on with it, or another --out")
         return out
-    reads = args.resume or (args.eval_only or args.predict) and not args.init
-    newest = free = Path(f"runs/{args.model}-{args.variant}")
-    for number in itertools.count(2):
-        if not (free / "last.pt").exists():
-            return newest if reads else free
-        newest, free = free, Path(f"runs/{args.model}-{args.variant}-{number}")
+    first = Path(f"runs/{args.model}-{args.variant}")
+    if args.resume or (args.eval_only or args.predict) and not args.init:
+        saved = [first / "last.pt", *first.parent.glob(f"{first.name}-[0-9]*/last.pt")]
+        saved = [file for file in saved if file.exists()]
+        return max(saved, key=os.path.getmtime, default=first / "last.pt").parent
+    numbered = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([first], numbered) if not holds_run(folder))
+
+
+def holds_run(folder):
+    return any((folder / name).exists() for name in ("last.pt", "best.pt", "result.json"))
+
+
+@contextlib.contextmanager
+def claimed(args):
+    """Let no second run write into args.out; the claim ends with the process, however it ends."""
+    if args.rank or fcntl is None:
+        yield
+        return
+    with (args.out / "lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"{args.out}: another run is writing here; give another --out"
+            ) from None
+        try:
+            yield
+        finally:
+            os.unlink(file.name)
 
 
 def choose_device(name, local_rank):
@@ -189,7 +225,7 @@ def choose_device(name, local_rank):
     try:
         device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"--device {name}: give cuda, mps or cpu ({reason:.80})") from None
     if device.type == "cuda":
@@ -282,6 +318,9 @@ def check_run(path, data):
             for key, kind in kinds.items():
                 if not isinstance(part[key], kind):
                     raise TypeError(f"{key} is a {type(part[key]).__name__}")
+        whole = 0 <= data["step"] < 10**9 and 0 <= data["seed"] < 2**63
+        if not (whole and 0 <= data["seconds"] < 1e9 and 0 < data["plan"]["lr"] < math.inf):
+            raise ValueError("its step, seed, seconds or lr cannot be")
 
 
 def starting_point(args):
@@ -307,6 +346,7 @@ def load_weights(net, args, path, data, exact):
     parts = (data.get(key) for key in ("model", "state_dict"))  # where the authors keep weights
     source = next((part for part in parts if isinstance(part, dict)), data)
     source = {k: v for k, v in source.items() if isinstance(v, torch.Tensor) and isinstance(k, str)}
+    source = {k: v for k, v in source.items() if not v.is_nested}
     own, now = data.get("name") == args.model, dataclasses.asdict(net.config)
     for field in ("task", "window", "img_size", "det_tokens"):  # tables change with them
         own = own and data["config"].get(field) == now.get(field)
@@ -338,6 +378,12 @@ def load_weights(net, args, path, data, exact):
         raise DataError(f"{path}: does not fit whole; are --set, --variant and --data the same?")
     with reading(path):
         net.load_state_dict(fits, strict=False)
+    if bad := not_finite_in(net):
+        raise DataError(f"{path}: {len(bad)} of its tensors are not finite, the first is {bad[0]}")
+
+
+def not_finite_in(net):
+    return [name for name, value in net.state_dict().items() if not value.isfinite().all()]
 
 
 def load_optimizer(optimizer, path, state):
@@ -349,6 +395,8 @@ def load_optimizer(optimizer, path, state):
             shapes = [averages[name].shape for name in ("step", "exp_avg", "exp_avg_sq")]
             if shapes != [(), p.shape, p.shape]:
                 raise ValueError("the optimizer's state is of other weights")
+            for name in ("exp_avg", "exp_avg_sq"):  # with memory of its own, laid out as p's
+                averages[name] = torch.empty_like(p).copy_(averages[name])
 
 
 def write_whole(path, write):
@@ -400,7 +448,7 @@ def autocast(args):
 
 @torch.inference_mode()
 def evaluate(args, net, dataset, tag):
-    """Metrics over the whole data set; writes detections.json and a picture into args.out."""
+    """Metrics over the whole data set; writes detections and a picture into args.out."""
     net.eval()
     if args.world > 1:  # without SyncBatchNorm each has means of its own; rank 0's are saved
         for buffer in net.buffers():
@@ -413,8 +461,8 @@ def evaluate(args, net, dataset, tag):
     shown = sorted(mine)[:8]
     for batch in make_loader(args, Subset(dataset, mine), batch_size=args.batch_size):
         images, targets = to_device(batch, args.device)
-        with autocast(args):
-            outputs = net(images, sizes=[t["size"] for t in targets])
+        sizes, ids = [t["size"] for t in targets], [f"image {t['image_id']}" for t in targets]
+        outputs = answers(args, net, images, sizes, ids)
         for target, output in zip(targets, outputs, strict=True):
             if "skipped" in target:  # another image stood in: it has no answer
                 args.skipped.update(target["skipped"])
@@ -428,7 +476,7 @@ def evaluate(args, net, dataset, tag):
         return None
     metrics = coco.evaluate(dataset, results)
     if dataset.task == "detect":
-        write_json(args.out / "detections.json", results)
+        write_json(detections_file(args), results)
     if drawn:
         coco.save_pictures(args.out / f"{tag}.png", comparison(dataset, drawn))
     by_size = ("APs", "APm", "APl")
@@ -437,12 +485,29 @@ def evaluate(args, net, dataset, tag):
     return metrics
 
 
+def answers(args, net, images, sizes, names):
+    """What the model finds on images, which is refused where it is not finite."""
+    with autocast(args):
+        outputs = net(images, sizes=sizes)
+    for name, output in zip(names, outputs, strict=True):
+        for key in {"boxes", "scores", "logits", "reconstruction"} & output.keys():
+            if not output[key].isfinite().all():
+                raise DataError(f"{name}: the model's {key} are not finite; take other weights")
+    return outputs
+
+
 def gather(args, items):
     """The lists of all processes as one."""
     shards = [items] * args.world
     if args.world > 1:
         dist.all_gather_object(shards, items)
     return sum(shards, [])
+
+
+def detections_file(args):
+    """Where detections go: not over those of a run that is judged once more."""
+    again = args.eval_only and holds_run(args.out)
+    return args.out / ("eval-only-detections.json" if again else "detections.json")
 
 
 def comparison(dataset, outputs):
@@ -503,6 +568,10 @@ def plan(args, dataset, was):
         raise DataError(f"--set schedule={recipe['schedule']}: give {known}")
     names = ", ".join(c["name"] for c in dataset.classes)
     about = f"{args.total_steps} steps of {total} of {len(dataset)} images of {names:.80}"
+    idle = {s.partition("=")[0] for s in args.set} & {"lr", "batch_size", "epochs"}
+    if was and idle:
+        name = idle.pop()
+        raise DataError(f"--set {name}: a resumed run keeps it; give --{name.replace('_', '-')}")
     if was and was["about"] != about:
         same = "--data, --limit, --epochs and --batch-size x --accumulate x processes"
         told = f"{args.resume}: a run of {was['about']}; this is one of {about}"
@@ -691,7 +760,7 @@ def keep_best(args, net, optimizer, step, best, metrics):
 
 def save_run(args, net, optimizer, step, best, name="last.pt"):
     """Everything needed to go on, to predict, or to start another model from."""
-    if bad := [name for name, value in net.state_dict().items() if not value.isfinite().all()]:
+    if bad := not_finite_in(net):
         raise not_finite(step, f"{', '.join(bad[:3])} of the model is not finite")
     if args.rank:
         return
@@ -762,8 +831,7 @@ def predict(args, net):
         pixels = coco.read_image(path)
         image, _ = coco.finish(*transform(pixels, {}))
         image, pixels = image.to(args.device), pixels / 255
-        with autocast(args):
-            (found,) = net([image], sizes=[tuple(pixels.shape[-2:])])
+        (found,) = answers(args, net, [image], [tuple(pixels.shape[-2:])], [path])
         if "reconstruction" in found:
             drawn = reconstruction(image, found)
         else:
@@ -783,7 +851,7 @@ def predict(args, net):
 
 def show_tokens(args, dataset):
     """What each [DET] token finds over a data set: a picture, and what the token tells of a box."""
-    results = json.loads((args.out / "detections.json").read_text())
+    results = json.loads(detections_file(args).read_text())
     results = [result for result in results if result["score"] >= 0.5]
     if not results:
         return print("no detection has a score of 0.5: nothing to say of the [DET] tokens")
@@ -802,10 +870,10 @@ def plot(args):
         try:
             lines = (folder / "log.jsonl").read_text().splitlines()
             runs[str(folder)] = [json.loads(line) for line in lines]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{folder}: no log of a run ({error}); give folders of runs") from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    with reading(path.parent):
+    with reading(", ".join(runs)):
         coco.draw_curves(path, runs)
     print(f"{', '.join(runs)} -> {path}")
 
@@ -959,7 +1027,8 @@ def run(args):
         if hasattr(MODELS[args.model], "specialisation") and args.rank == 0:
             show_tokens(args, held_out)
     else:
-        metrics = train(args, net, saved, dataset, held_out)
+        with claimed(args):
+            metrics = train(args, net, saved, dataset, held_out)
     report(args, metrics)
 
 
@@ -1041,6 +1110,17 @@ def report(args, metrics):
     print(f"\nin {args.out}: " + "  ".join(sorted(path.name for path in args.out.iterdir())))
 
 
+HINTS = {  # what torch says -> what to do
+    "out of memory|DefaultCPUAllocator": "not enough memory; give a smaller --batch-size (with "
+    "--accumulate), --set max_size=... or sizes=..., or --set checkpoint=true",
+    "more than 1 value per channel": "one picture this small is too little for BatchNorm; give a "
+    "larger --batch-size or --set sizes=...",
+    "DataLoader worker": "a loader process was ended, often for its memory; give fewer --workers",
+    "CxxCompiler": "--compile needs a C++ compiler; install one or leave it out",
+    "closed by peer": "another process ended; what it says counts",
+}
+
+
 def explain(error):
     """One line for what the user can mend; None for a bug, whose traceback is wanted."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -1048,9 +1128,9 @@ def explain(error):
         return f"{error}: make room, then start again, a run with --resume"
     if isinstance(error, DataError | OSError):  # a loader process puts its traceback first
         return lines[-1].rpartition("coco.DataError: ")[2]
-    if isinstance(error, MemoryError) or re.search("out of memory|DefaultCPUAllocator", lines[0]):
-        knobs = "a smaller --batch-size (with --accumulate), --set max_size=... or sizes=..."
-        return f"not enough memory; give {knobs}, or --set checkpoint=true ({lines[0]})"
+    known = [hint for text, hint in HINTS.items() if re.search(text, lines[0])]
+    if known or isinstance(error, MemoryError):
+        return f"{[*known, *HINTS.values()][0]} ({lines[0]})"
 
 
 def main(argv=None):

@@ -326,6 +326,15 @@ def test_run_lengths_and_polygons_of_every_writing_are_one_mask(data_set):
         assert torch.equal(dataset[0][1]["masks"][0], expected)
 
 
+def test_run_lengths_written_longer_than_needed_are_refused(data_set, capsys):
+    """pycocotools reads other numbers than they say, or never ends."""
+    counts = "Xo0le0hb0X]oooooO"
+    assert not coco.is_mask(dict(size=[40, 60], counts=counts))
+    segmentation = dict(size=[40, 60], counts=counts)
+    assert run(data_set(first("annotations", segmentation=segmentation)), "mimdet") == 2
+    assert "annotation 1" in one_line(capsys)
+
+
 def test_a_polygon_outside_its_image_is_no_object(data_set):
     away = [[100, 100, 120, 100, 120, 120]]
     root = data_set(first("annotations", segmentation=away))
@@ -378,6 +387,24 @@ def test_files_that_are_no_images_are_said(tmp_path, content):
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(coco.DataError, match="a.png: cannot read image .*; replace or remove it"):
         coco.read_image(path)
+
+
+def test_a_picture_that_is_a_program_is_not_run(tmp_path):
+    """Pillow hands EPS over to Ghostscript, whatever the file's name is."""
+    (tmp_path / "a.png").write_bytes(saved("EPS"))
+    with pytest.raises(coco.DataError, match="cannot identify image file"):
+        coco.read_image(tmp_path / "a.png")
+
+
+def test_one_tiny_picture_at_a_time_is_too_little_for_batchnorm(data_set, capsys):
+    assert run(data_set(size=(32, 32)), "mimdet", "--batch-size", "1") == 2
+    assert "too little for BatchNorm; give a larger --batch-size or --set sizes" in one_line(capsys)
+
+
+def test_messages_hold_nothing_that_a_screen_obeys(data_set, capsys):
+    root = data_set(first("images", file_name="\x1b[2Ja.png"))
+    assert run(root) == 2
+    assert "valid/ [2Ja.png: cannot read" in one_line(capsys).replace("train/", "valid/")
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "CMYK", "I;16"])

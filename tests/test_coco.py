@@ -414,6 +414,17 @@ def test_shapes_are_the_same_for_the_same_seed_and_complete_or_absent(tmp_path, 
     files = sorted(path.relative_to(a) for path in a.rglob("*.*"))
     assert len(files) == 10 and all((a / f).read_bytes() == (b / f).read_bytes() for f in files)
     assert (a / files[-1]).read_bytes() != (c / files[-1]).read_bytes()
+    write = coco.write_shapes
+
+    def be_late(*args):
+        write(*args)
+        shutil.copytree(a, tmp_path / "c", dirs_exist_ok=True)  # by another run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(coco, "write_shapes", be_late)
+        shutil.rmtree(c)
+        coco.make_shapes(c, 6, 2, seed=1)
+    assert all((a / f).read_bytes() == (c / f).read_bytes() for f in files)
     monkeypatch.setattr(coco, "background", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         coco.make_shapes(tmp_path / "d", 6, 2)

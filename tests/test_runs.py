@@ -243,10 +243,17 @@ def without(name):
     return lambda data: {key: value for key, value in data.items() if key != name}
 
 
-def other_shapes(data):
-    moments = data["optimizer"]["state"][0]
-    moments["exp_avg"] = moments["exp_avg"].flatten()[:-1]
-    return data
+def moments(change):
+    def change_first(data):
+        state = data["optimizer"]["state"][0]
+        state["exp_avg"] = change(state["exp_avg"])
+        return data
+
+    return change_first
+
+
+def weights(value):
+    return lambda data: data | {"model": {k: x * value for k, x in data["model"].items()}}
 
 
 # What is wrong with the file -> where that is noticed, what is said.
@@ -261,6 +268,15 @@ SPOILT = {
     "class names": (changed(classes=[{"id": 1, "name": None}]), EVERYWHERE, "name is a NoneType"),
     "seed": (changed(seed="1"), EVERYWHERE, "seed is a str"),
     "step": (changed(step=1.5), EVERYWHERE, "step is a float"),
+    "early": (changed(step=-1), EVERYWHERE, "its step, seed, seconds or lr cannot be"),
+    "late": (changed(step=10**400), EVERYWHERE, "its step, seed, seconds or lr cannot be"),
+    "large seed": (changed(seed=2**64), EVERYWHERE, "its step, seed, seconds or lr cannot be"),
+    "no time": (changed(seconds=math.nan), EVERYWHERE, "its step, seed, seconds or lr cannot be"),
+    "no rate": (changed(plan={"lr": math.nan}), EVERYWHERE, "its step, seed, seconds or lr cann"),
+    "deep": (changed(config={"depth": 10**9}), RUNS, "file.pt: depth: 1000000000 is too large"),
+    "rate": (changed(recipe={"lr": -1.0}), RUNS, "file.pt: lr: -1.0 is too small"),
+    "nan": (weights(torch.nan), EVERYWHERE, "of its tensors are not finite, the first is backbone"),
+    "huge": (weights(1e38), ("--eval-only", "--predict"), "are not finite; take other weights"),
     "variant": (changed(variant="huge"), RUNS, "--variant huge: yolos has nano"),
     "field": (changed(config={"evil": 1}), RUNS, "evil=1: give FIELD=VALUE; "),
     "config": (changed(config={"depth": [1]}), RUNS, "depth is now 3, give a value like it"),
@@ -272,7 +288,13 @@ SPOILT = {
     "kind": (changed(model={"class_embed.layers.2.bias": "0"}), RUNS, "does not fit whole"),
     "names": (changed(model={1: torch.zeros(3)}), (), ""),
     "no moments": (changed(optimizer={"state": 1}), ("--resume",), "damaged"),
-    "moments": (other_shapes, ("--resume",), "the optimizer's state is of other weights"),
+    "moments": (
+        moments(lambda x: x.flatten()[:-1]),
+        ("--resume",),
+        "the optimizer's state is of other weights",
+    ),
+    "sparse": (moments(torch.Tensor.to_sparse), ("--resume",), "damaged"),
+    "one number": (moments(lambda x: torch.zeros(()).expand(x.shape)), (), ""),
 }
 
 
@@ -404,7 +426,7 @@ def test_too_little_memory_names_the_knobs(fill, shapes, tmp_path, monkeypatch, 
 
 
 def test_a_model_too_large_to_be_built_names_the_knobs(shapes, tmp_path, capsys):
-    args = ("--data", shapes, "--out", tmp_path, "--set", "embed_dim=100000000000000")
+    args = ("--data", shapes, "--out", tmp_path, "--set", "embed_dim=1000000")
     assert run("yolos", *args) == 2
     assert "not enough memory; give a smaller --batch-size" in one_line(capsys)
 
@@ -418,6 +440,26 @@ def test_a_measure_that_is_not_a_number_spoils_no_best(shapes, tmp_path, monkeyp
         assert run("yolos", *args, "--epochs", 1, "--steps", steps, *more) == 0
         best = torch.load(tmp_path / "best.pt", weights_only=True)
         assert (best["step"], best["best"]) == {1: (1, 0.5), 2: (1, 0.5), 3: (3, 0.6)}[steps]
+
+
+@pytest.mark.parametrize(
+    ("said", "hint"),
+    [
+        ("Expected more than 1 value per channel when training, got", "a larger --batch-size"),
+        ("DataLoader worker (pid 7) is killed by signal: Killed.", "give fewer --workers"),
+        ("InvalidCxxCompiler: No working C++ compiler found in", "leave it out"),
+        ("[pair.cc:547] Connection closed by peer [127.0.0.1]", "another process ended"),
+    ],
+)
+def test_what_torch_says_of_the_users_machine_is_explained(
+    said, hint, shapes, tmp_path, monkeypatch, capsys
+):
+    def fail(*_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(train, "train_step", fail)
+    assert run("yolos", "--data", shapes, "--out", tmp_path, "--steps", 1) == 2
+    assert hint in (error := one_line(capsys)) and said in error
 
 
 def test_a_bug_keeps_its_traceback(shapes, tmp_path, monkeypatch):
@@ -465,6 +507,15 @@ def test_another_schedule_is_not_the_same_run(other, finished, shapes, tmp_path,
     assert run("yolos", "--data", shapes, "--out", out, "--resume", *other, tiny=False) == 2
     error = one_line(capsys)
     assert "6 steps of 4 of 24 images of circle" in error and "give the same --data" in error
+
+
+@pytest.mark.parametrize("setting", ["lr=0.5", "batch_size=2", "epochs=3"])
+def test_what_a_resumed_run_keeps_is_not_set(setting, finished, shapes, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "run")
+    assert run("yolos", "--data", shapes, "--out", out, "--resume", "--set", setting) == 2
+    name = setting.partition("=")[0]
+    flag = f"--{name.replace('_', '-')}"
+    assert f"--set {name}: a resumed run keeps it; give {flag}" in one_line(capsys)
 
 
 def test_a_resumed_run_keeps_its_schedule_without_being_told(finished, shapes, tmp_path, capsys):

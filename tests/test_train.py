@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import PIL.Image
@@ -143,6 +144,10 @@ def test_evaluation_alone_repeats_the_last_one(finished, shapes, tmp_path, capsy
     assert after == before and len(after) > 0
     result = json.loads((finished / "result.json").read_text())
     assert f"{result['AP']:.3f}" in capsys.readouterr().out
+    out = shutil.copytree(finished, tmp_path / "run")
+    assert run("--data", shapes, "--out", out, "--eval-only", "--limit", 1, tiny=False) == 0
+    assert json.loads((out / "detections.json").read_text()) == before  # not those of one image
+    assert len(json.loads((out / "eval-only-detections.json").read_text())) < len(before)
 
 
 def test_a_run_evaluates_as_often_as_promised(shapes, tmp_path, monkeypatch, capsys):
@@ -299,6 +304,8 @@ def test_a_malicious_or_foreign_file_is_refused(finished, shapes, tmp_path, caps
         (["--set", "lr_spread=0"], "--set lr_spread: 0.0 is too small"),
         (["--set", "epochs=nan"], "--set epochs: nan is too large, or no number"),
         (["--set", "drop_path=1.5"], "--set drop_path: 1.5 is too large"),
+        (["--set", "depth=100000"], "--set depth: 100000 is too large"),
+        (["--set", f"batch_size=1{'0' * 400}"], "--set batch_size: 1000"),
         (["--set", "sizes=96.5"], "--set sizes: (96.5,): give whole numbers"),
         (["--set", "crop=600,384"], "--set crop: give the least before the most"),
         (["--set", "crop=0.5,1.0"], "--set crop: give the least before the most; pixels for a det"),
@@ -318,12 +325,30 @@ def test_mistakes_are_answered_in_one_line(args, message, shapes, tmp_path, caps
 
 @pytest.mark.parametrize("flag", ["epochs", "steps", "batch-size", "accumulate", "lr", "limit"])
 def test_numbers_below_the_least_are_answered_in_one_line(flag, capsys):
-    for value in ("0", "-1", "nan", "inf") if flag in ("epochs", "lr") else ("0", "-1"):
+    for value in ("0", "-1", "nan", "1e+300") if flag in ("epochs", "lr") else ("0", "-1"):
         with pytest.raises(SystemExit) as leaves:
             run(f"--{flag}={value}")
         error = capsys.readouterr().err
         assert f"--{flag} {value}" in error.replace(".0", "") and error.count("\n") == 1
         assert leaves.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data="], "--data has an empty value"),
+        (["--init="], "--init has an empty value"),
+        (["--resume="], "--resume has an empty value"),
+        (["--resume", "--init=a.pt"], "--init: not allowed with argument --resume"),
+        (["--predict", "a.jpg", "--eval-only"], "--eval-only: not allowed with argument --predict"),
+        (["--predict", "a.jpg", "--benchmark"], "--benchmark: not allowed with argument --predict"),
+    ],
+)
+def test_options_that_make_no_sense_are_answered_in_one_line(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(*words)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
@@ -367,6 +392,54 @@ def test_a_run_goes_on_in_its_own_folder_alone(finished, shapes, tmp_path, capsy
     assert run(*args) == 2
     assert f"{other} holds a run" in capsys.readouterr().err
     assert (other / "last.pt").read_bytes() == before
+    for kept in ("best.pt", "result.json"):  # what is finished is protected without last.pt too
+        folder = tmp_path / kept.partition(".")[0]
+        folder.mkdir()
+        shutil.copy(finished / kept, folder)
+        assert run("--data", shapes, "--out", folder, "--steps", 1) == 2
+        assert f"{folder} holds a run" in capsys.readouterr().err
+    # best.pt is older than last.pt, which would be lost.
+    args = ("--data", shapes, "--epochs", 2, "--resume", other / "best.pt")
+    assert run(*args) == 2 and run(*args, "--out", tmp_path / "beside") == 0
+    assert (other / "last.pt").read_bytes() == before
+
+
+def test_the_newest_run_is_read_and_a_free_folder_written(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("mimdet-nano-2", "mimdet-nano", "mimdet-nano-x"), start=1):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        shutil.copy(finished / "last.pt", tmp_path / "runs" / name)
+        os.utime(tmp_path / "runs" / name / "last.pt", (number, number))
+
+    def chosen(*words):
+        return str(train.choose_out(train.parse_args(words)))
+
+    assert chosen("--eval-only") == chosen("--resume") == str(Path("runs/mimdet-nano"))
+    assert chosen() == chosen("--eval-only", "--init", "a.pt") == str(Path("runs/mimdet-nano-3"))
+    shutil.rmtree(tmp_path / "runs/mimdet-nano")
+    assert chosen("--predict", "a.jpg") == str(Path("runs/mimdet-nano-2"))
+    assert chosen() == str(Path("runs/mimdet-nano"))
+
+
+def test_two_runs_do_not_write_into_one_folder(shapes, tmp_path, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    args = ("--data", shapes, "--out", tmp_path, "--steps", 1)
+    reader, writer = os.pipe()
+    if not (child := os.fork()):  # as a run does, until the pipe is closed
+        os.close(writer)
+        with (tmp_path / "lock").open("w") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            (tmp_path / "held").touch()
+            os.read(reader, 1)
+            os._exit(0)
+    os.close(reader)
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    code, error = run(*args), capsys.readouterr().err
+    os.close(writer)
+    os.waitpid(child, 0)
+    assert code == 2 and f"{tmp_path}: another run is writing here" in error
+    assert run(*args) == 0 and not (tmp_path / "lock").exists()
 
 
 def test_a_resumed_run_keeps_the_labels_of_its_classes(finished, shapes, tmp_path, capsys):
@@ -614,6 +687,15 @@ def test_simmim_trains_and_shows_reconstructions(pretrained, shapes, tmp_path, c
 def test_a_plain_folder_of_pictures_is_enough(shapes, tmp_path):
     args = ("--model", "simmim", "--data", shapes / "train2017", "--out", tmp_path / "run")
     assert run(*args, "--steps", 2, "--set", *TINY_SIMMIM) == 0
+
+
+def test_pictures_drawn_by_a_run_are_not_learned_from(tmp_path):
+    for i in range(5):
+        PIL.Image.new("RGB", (70, 50), (40 * i, 100, 0)).save(tmp_path / f"{i}.png")
+    args = ("--model", "simmim", "--data", tmp_path, "--out", tmp_path / "run", "--epochs", 2)
+    assert run(*args, "--steps", 1, "--set", *TINY_SIMMIM) == 0
+    assert list((tmp_path / "run").glob("epoch-*.png"))
+    assert run(*args, "--resume", "--set", *TINY_SIMMIM) == 0
 
 
 @pytest.mark.parametrize("target", ["color_cluster", "tokens"])
