@@ -208,10 +208,11 @@ def claimed(args):
     with (args.out / "lock").open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"{args.out}: another run is writing here; give another --out"
-            ) from None
+        except (BlockingIOError, PermissionError):
+            advice = "wait for it, or give another --out"
+            raise DataError(f"{args.out}: another run is writing here; {advice}") from None
+        except OSError:  # a file system without locks
+            pass
         try:
             yield
         finally:
