@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import re
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,8 @@ class DataError(Exception):
     """Something the user handed in is wrong; one line says what, where and what to do."""
 
     def __init__(self, message):
-        super().__init__("".join(c if c.isprintable() else " " for c in str(message)))
+        message = " ".join(str(message).splitlines())
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 # --- 1. Read --------------------------------------------------------------------------------------
@@ -174,9 +176,10 @@ def read_annotations(file):
 
 
 def find_images(folder):
-    """Paths of the pictures in a folder and those below it, but not of what a run has drawn."""
+    """Paths of the pictures in a folder and those below it, but not of what train.py has drawn."""
     files = (file for file in Path(folder).rglob("*") if is_image_file(file.name))
-    return sorted(file for file in files if not file.with_name("log.jsonl").exists())
+    drawn = re.compile(r"(predict-\d+-.*|epoch-\d+\.\d+|eval-only)\.png")
+    return sorted(file for file in files if not drawn.fullmatch(file.name))
 
 
 def read_image(path, size=None):

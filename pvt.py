@@ -648,7 +648,7 @@ class RetinaNet(nn.Module):
     def pyramid(self, maps):
         """Maps p3..p7 (B, dim, H/8, W/8) ... (B, dim, H/128, W/128); p6 comes from stage 4."""
         levels = list(self.fpn({str(s): x for s, x in enumerate(maps[1:4])}).values())
-        # In bfloat16 a CPU's gradient for a map one pixel wide is memory that nobody has written.
+        # In bfloat16 a CPU leaves their gradient unwritten where the map is one pixel wide.
         with torch.autocast("cpu", enabled=False):
             p6 = self.p6(maps[3].float())
             return [*levels, p6, self.p7(p6)]

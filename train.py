@@ -76,7 +76,6 @@ def parse_args(argv):
     add("--compile", action="store_true", help="torch.compile the model")
     add("--seed", type=int, default=0, help="of weights, order and all that is drawn; 0 by default")
     add("--attention", nargs="*", type=int, metavar="TOKEN", help="also where [DET] tokens look")
-    add = parser.add_mutually_exclusive_group().add_argument
     add("--init", metavar="FILE", help="start from weights: the authors' or this project's")
     add("--resume", nargs="?", const=True, metavar="FILE", help="go on from last.pt, or FILE")
     add = parser.add_mutually_exclusive_group().add_argument
@@ -137,7 +136,8 @@ def recipe_of(module, variant, config):
     """The most special of the model's recipes for this variant and its task or head."""
     kinds = [kind for kind in (config.get("task"), config.get("head")) if kind]
     names = [f"{variant}-{kind}" for kind in kinds] + [variant, *kinds, "paper"]
-    return dict(next(module.RECIPES[name] for name in names if name in module.RECIPES))
+    recipe = next(module.RECIPES[name] for name in names if name in module.RECIPES)
+    return recipe | dict(epochs=float(recipe["epochs"]))  # so that --set takes parts of one
 
 
 def settings(args, path, saved):
@@ -184,12 +184,13 @@ def choose_out(args):
         last = (out / "last.pt").resolve()
         goes_on = args.resume is True or args.resume and Path(args.resume).resolve() == last
         if trains and not goes_on and holds_run(out):
-            raise DataError(f"{out} holds a run; give --resume to go on with it, or another --out")
+            to = "--out: its last.pt would be lost" if args.resume else "--resume, or another --out"
+            raise DataError(f"{out} holds a run; give {to}")
         return out
     first = Path(f"runs/{args.model}-{args.variant}")
     if args.resume or (args.eval_only or args.predict) and not args.init:
-        saved = [first / "last.pt", *first.parent.glob(f"{first.name}-[0-9]*/last.pt")]
-        saved = [file for file in saved if file.exists()]
+        name = re.compile(re.escape(first.name) + r"(-\d+)?")
+        saved = [f for f in first.parent.glob("*/last.pt") if name.fullmatch(f.parent.name)]
         return max(saved, key=os.path.getmtime, default=first / "last.pt").parent
     numbered = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
     return next(folder for folder in itertools.chain([first], numbered) if not holds_run(folder))
@@ -216,7 +217,7 @@ def claimed(args):
         try:
             yield
         finally:
-            os.unlink(file.name)
+            Path(file.name).unlink(missing_ok=True)
 
 
 def choose_device(name, local_rank):
@@ -320,7 +321,7 @@ def check_run(path, data):
                 if not isinstance(part[key], kind):
                     raise TypeError(f"{key} is a {type(part[key]).__name__}")
         whole = 0 <= data["step"] < 10**9 and 0 <= data["seed"] < 2**63
-        if not (whole and 0 <= data["seconds"] < 1e9 and 0 < data["plan"]["lr"] < math.inf):
+        if not (whole and math.isfinite(data["seconds"]) and 0 < data["plan"]["lr"] < math.inf):
             raise ValueError("its step, seed, seconds or lr cannot be")
 
 
@@ -346,8 +347,8 @@ def load_weights(net, args, path, data, exact):
     """Fill net from a checkpoint, ours or the authors', and say what became of every tensor."""
     parts = (data.get(key) for key in ("model", "state_dict"))  # where the authors keep weights
     source = next((part for part in parts if isinstance(part, dict)), data)
-    source = {k: v for k, v in source.items() if isinstance(v, torch.Tensor) and isinstance(k, str)}
-    source = {k: v for k, v in source.items() if not v.is_nested}
+    tensors = [(k, v) for k, v in source.items() if isinstance(v, torch.Tensor)]
+    source = {k: v for k, v in tensors if isinstance(k, str) and not v.is_nested}
     own, now = data.get("name") == args.model, dataclasses.asdict(net.config)
     for field in ("task", "window", "img_size", "det_tokens"):  # tables change with them
         own = own and data["config"].get(field) == now.get(field)
@@ -552,12 +553,12 @@ def lr_factor(step, steps, recipe):
     return 0.1 ** sum(step >= part * steps for part in recipe["schedule"])
 
 
-def plan(args, dataset, was):
+def plan(args, dataset, saved):
     """Set args.steps (where to stop), total_steps (of the schedule), total_batch, lr and plan.
 
-    was: the plan of the run that --resume goes on with, which has to be the same, or {}.
+    saved: the run that --resume goes on with, whose plan has to be the same, or {}.
     """
-    recipe = args.recipe
+    recipe, was = args.recipe, saved.get("plan", {})
     args.total_batch = total = args.batch_size * args.accumulate * args.world
     args.per_epoch = coco.steps_per_epoch(dataset, total)
     args.total_steps = was.get("schedule", args.steps)
@@ -569,10 +570,9 @@ def plan(args, dataset, was):
         raise DataError(f"--set schedule={recipe['schedule']}: give {known}")
     names = ", ".join(c["name"] for c in dataset.classes)
     about = f"{args.total_steps} steps of {total} of {len(dataset)} images of {names:.80}"
-    idle = {s.partition("=")[0] for s in args.set} & {"lr", "batch_size", "epochs"}
-    if was and idle:
-        name = idle.pop()
-        raise DataError(f"--set {name}: a resumed run keeps it; give --{name.replace('_', '-')}")
+    for name in ("lr", "batch_size", "epochs"):
+        if recipe[name] != (kept := saved.get("recipe", recipe).get(name, recipe[name])):
+            raise DataError(f"--set {name}: a resumed run keeps {kept}")
     if was and was["about"] != about:
         same = "--data, --limit, --epochs and --batch-size x --accumulate x processes"
         told = f"{args.resume}: a run of {was['about']}; this is one of {about}"
@@ -633,7 +633,7 @@ def train_step(args, model, optimizer, batches, step):
 
 def start(args, net, saved, dataset):
     """Model to train, optimizer, batches, and the step and best score so far."""
-    plan(args, dataset, saved.get("plan", {}))
+    plan(args, dataset, saved)
     if getattr(net, "wants_pictures", False):
         net.prepare([dataset[i, i][0] for i in range(min(256, len(dataset)))])
     groups = MODELS[args.model].param_groups(net, args.recipe)
@@ -829,7 +829,13 @@ def predict(args, net):
     if not all(given):
         raise DataError(f"--predict {args.predict[given.index([])]}: a folder without images")
     for number, path in enumerate(sum(given, []), start=1):
-        pixels = coco.read_image(path)
+        try:
+            pixels = coco.read_image(path)
+        except DataError as error:
+            if not args.skip_bad_images:
+                raise
+            print(error)
+            continue
         image, _ = coco.finish(*transform(pixels, {}))
         image, pixels = image.to(args.device), pixels / 255
         (found,) = answers(args, net, [image], [tuple(pixels.shape[-2:])], [path])
@@ -1116,8 +1122,10 @@ HINTS = {  # what torch says -> what to do
     "--accumulate), --set max_size=... or sizes=..., or --set checkpoint=true",
     "more than 1 value per channel": "one picture this small is too little for BatchNorm; give a "
     "larger --batch-size or --set sizes=...",
-    "DataLoader worker": "a loader process was ended, often for its memory; give fewer --workers",
-    "CxxCompiler": "--compile needs a C++ compiler; install one or leave it out",
+    r"DataLoader worker \(pid": "a loader process was ended, often for its memory; give fewer "
+    "--workers",
+    "CxxCompiler|Compiler: .* not found|find C compiler": "--compile needs a C++ compiler; install "
+    "one or leave it out",
     "closed by peer": "another process ended; what it says counts",
 }
 
@@ -1129,9 +1137,9 @@ def explain(error):
         return f"{error}: make room, then start again, a run with --resume"
     if isinstance(error, DataError | OSError):  # a loader process puts its traceback first
         return lines[-1].rpartition("coco.DataError: ")[2]
-    known = [hint for text, hint in HINTS.items() if re.search(text, lines[0])]
-    if known or isinstance(error, MemoryError):
-        return f"{[*known, *HINTS.values()][0]} ({lines[0]})"
+    said = "out of memory" if isinstance(error, MemoryError) else lines[0]
+    hints = (hint for text, hint in HINTS.items() if re.search(text, said))
+    return next((f"{hint} ({lines[0]})" for hint in hints), None)
 
 
 def main(argv=None):

@@ -404,7 +404,7 @@ def test_one_tiny_picture_at_a_time_is_too_little_for_batchnorm(data_set, capsys
 def test_messages_hold_nothing_that_a_screen_obeys(data_set, capsys):
     root = data_set(first("images", file_name="\x1b[2Ja.png"))
     assert run(root) == 2
-    assert "valid/ [2Ja.png: cannot read" in one_line(capsys).replace("train/", "valid/")
+    assert r"/\x1b[2Ja.png: cannot read" in one_line(capsys)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "CMYK", "I;16"])

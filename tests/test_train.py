@@ -182,6 +182,11 @@ def test_predict_takes_a_folder_and_needs_no_data_to_train_on(finished, shapes, 
     assert run(*args, "--data", tmp_path / "data", "--predict", tmp_path / "photos") == 0
     drawn = sorted(file.name for file in (tmp_path / "run").iterdir())
     assert drawn == ["predict-1-b.png", "predict-2-a.png"]
+    (tmp_path / "photos" / "a.png").write_bytes(b"")
+    assert run(*args, "--predict", tmp_path / "photos") == 2
+    assert "a.png: cannot read image" in capsys.readouterr().err
+    assert run(*args, "--predict", tmp_path / "photos", "--skip-bad-images") == 0
+    assert "a.png: cannot read image" in (told := capsys.readouterr().out) and "3-a.png" in told
     (tmp_path / "empty").mkdir()
     assert run(*args, "--predict", tmp_path / "photos", tmp_path / "empty") == 2
     error = capsys.readouterr().err
@@ -339,7 +344,6 @@ def test_numbers_below_the_least_are_answered_in_one_line(flag, capsys):
         (["--data="], "--data has an empty value"),
         (["--init="], "--init has an empty value"),
         (["--resume="], "--resume has an empty value"),
-        (["--resume", "--init=a.pt"], "--init: not allowed with argument --resume"),
         (["--predict", "a.jpg", "--eval-only"], "--eval-only: not allowed with argument --predict"),
         (["--predict", "a.jpg", "--benchmark"], "--benchmark: not allowed with argument --predict"),
     ],
@@ -406,7 +410,8 @@ def test_a_run_goes_on_in_its_own_folder_alone(finished, shapes, tmp_path, capsy
 
 def test_the_newest_run_is_read_and_a_free_folder_written(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for number, name in enumerate(("mimdet-nano-2", "mimdet-nano", "mimdet-nano-x"), start=1):
+    names = "mimdet-nano-2", "mimdet-nano", "mimdet-nano-x", "mimdet-nano-3epochs"
+    for number, name in enumerate(names, start=1):
         (tmp_path / "runs" / name).mkdir(parents=True)
         shutil.copy(finished / "last.pt", tmp_path / "runs" / name)
         os.utime(tmp_path / "runs" / name / "last.pt", (number, number))
@@ -440,6 +445,8 @@ def test_two_runs_do_not_write_into_one_folder(shapes, tmp_path, capsys):
     os.waitpid(child, 0)
     assert code == 2 and f"{tmp_path}: another run is writing here" in error
     assert run(*args) == 0 and not (tmp_path / "lock").exists()
+    with train.claimed(argparse.Namespace(rank=0, out=tmp_path)):
+        (tmp_path / "lock").unlink()  # by somebody who takes it for a leftover
 
 
 def test_a_resumed_run_keeps_the_labels_of_its_classes(finished, shapes, tmp_path, capsys):
@@ -689,13 +696,17 @@ def test_a_plain_folder_of_pictures_is_enough(shapes, tmp_path):
     assert run(*args, "--steps", 2, "--set", *TINY_SIMMIM) == 0
 
 
-def test_pictures_drawn_by_a_run_are_not_learned_from(tmp_path):
+@pytest.mark.parametrize("out", [".", "run"])
+def test_pictures_drawn_by_a_run_are_not_learned_from(out, tmp_path):
     for i in range(5):
         PIL.Image.new("RGB", (70, 50), (40 * i, 100, 0)).save(tmp_path / f"{i}.png")
-    args = ("--model", "simmim", "--data", tmp_path, "--out", tmp_path / "run", "--epochs", 2)
-    assert run(*args, "--steps", 1, "--set", *TINY_SIMMIM) == 0
-    assert list((tmp_path / "run").glob("epoch-*.png"))
-    assert run(*args, "--resume", "--set", *TINY_SIMMIM) == 0
+    args = ("--model", "simmim", "--data", tmp_path, "--out", tmp_path / out)
+    size = ("--epochs", 2, "--set", *TINY_SIMMIM)
+    assert run(*args, *size, "--steps", 1) == 0
+    assert run(*args, "--predict", tmp_path / "0.png", tiny=False) == 0
+    assert {file.name[:5] for file in (tmp_path / out).glob("*-*.png")} == {"epoch", "predi"}
+    assert run(*args, *size, "--resume") == 0
+    assert len(coco.find_images(tmp_path)) == 5
 
 
 @pytest.mark.parametrize("target", ["color_cluster", "tokens"])
