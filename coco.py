@@ -627,7 +627,8 @@ def evaluate(dataset, results):
     """
     if dataset.task == "pretrain":
         l1, baseline = (sum(r[name] for r in results) / len(results) for name in ("l1", "baseline"))
-        return {"explained": 1 - l1 / max(baseline, 1e-9), "masked_L1": l1, "baseline_L1": baseline}
+        explained = 1 - l1 / baseline if baseline > 1e-6 else -1.0  # pictures of one colour: n/a
+        return {"explained": explained, "masked_L1": l1, "baseline_L1": baseline}
     if dataset.task == "classify":
         right = [r["category_id"] == r["true_id"] for r in results]
         return {"top1": sum(right) / len(right)}

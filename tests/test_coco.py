@@ -613,6 +613,8 @@ def test_pre_training_is_judged_against_the_mean_visible_colour(shapes):
     expected = {"explained": 0.5, "masked_L1": 0.2, "baseline_L1": 0.4}
     assert coco.evaluate(dataset, results) == pytest.approx(expected)
     assert "L1 0.300 where hidden" in coco.describe(answer, [])
+    plain = [dict(image_id=0, l1=0.5, baseline=0.0)]  # nothing to explain
+    assert coco.evaluate(dataset, plain)["explained"] == -1
 
 
 # --- Real images ----------------------------------------------------------------------------------
