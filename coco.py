@@ -34,7 +34,7 @@ from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 PIL.Image.init()
-FORMATS = [name for name in PIL.Image.ID if name != "EPS"]  # a program that another one would run
+FORMATS = [name for name in PIL.Image.ID if name != "EPS"]  # programs, which Ghostscript would run
 
 # COCO's 80 categories, for released weights, which do not bring their names; ids have gaps.
 CLASSES = [

@@ -193,8 +193,9 @@ def pad_batch(images, multiple):
     """Normalise images (3, h, w) in [0, 1] and zero-pad them at the bottom and right to one size.
 
     Returns the batch (B, 3, H, W), its sides multiples of `multiple`, and the true sizes (h, w).
+    Anything but such images is a ValueError: it would be broadcast, or normalised to nonsense.
     """
-    if not len(images) or not all(x.is_floating_point() and x.ndim == 3 for x in images):
+    if not len(images) or not all(x.is_floating_point() and x.shape[:-2] == (3,) for x in images):
         raise ValueError("images: give a list of tensors (3, h, w), floats in [0, 1]")
     sizes = [tuple(image.shape[-2:]) for image in images]
     H, W = (math.ceil(max(sides) / multiple) * multiple for sides in zip(*sizes, strict=True))

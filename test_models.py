@@ -309,7 +309,13 @@ def test_company_does_not_change_a_prediction(calibrated):
 @pytest.mark.parametrize("model", [mimdet, yolos, pvt])
 @pytest.mark.parametrize(
     "images",
-    [[], torch.rand(3, 32, 32), [torch.rand(1, 3, 32, 32)], [torch.zeros(3, 32, 32).byte()]],
+    [
+        [],
+        torch.rand(3, 32, 32),
+        [torch.rand(1, 32, 32)],
+        [torch.rand(1, 3, 32, 32)],
+        [torch.zeros(3, 32, 32).byte()],
+    ],
 )
 def test_images_of_another_kind_are_refused(model, images):
     with pytest.raises(ValueError, match=r"images: give a list of tensors \(3, h, w\), floats"):

@@ -322,7 +322,7 @@ def check_run(path, data):
                     raise TypeError(f"{key} is a {type(part[key]).__name__}")
         whole = 0 <= data["step"] < 10**9 and 0 <= data["seed"] < 2**63
         if not (whole and math.isfinite(data["seconds"]) and 0 < data["plan"]["lr"] < math.inf):
-            raise ValueError("its step, seed, seconds or lr cannot be")
+            raise ValueError("its step, seed, seconds or lr is out of range")
 
 
 def starting_point(args):

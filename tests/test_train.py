@@ -318,6 +318,7 @@ def test_a_malicious_or_foreign_file_is_refused(finished, shapes, tmp_path, caps
         (["--data", "nowhere"], "nowhere: no train split"),
         (["--resume"], "last.pt: no such file"),
         (["--device", "tpu"], "--device tpu: "),
+        (["--device", "hpu"], "--device hpu: "),
         (["--predict", "a.jpg"], "last.pt: no such file; train first or give weights with --init"),
     ],
 )
@@ -330,7 +331,7 @@ def test_mistakes_are_answered_in_one_line(args, message, shapes, tmp_path, caps
 
 @pytest.mark.parametrize("flag", ["epochs", "steps", "batch-size", "accumulate", "lr", "limit"])
 def test_numbers_below_the_least_are_answered_in_one_line(flag, capsys):
-    for value in ("0", "-1", "nan", "1e+300") if flag in ("epochs", "lr") else ("0", "-1"):
+    for value in ("0", "-1", "nan", "inf", "1e+300") if flag in ("epochs", "lr") else ("0", "-1"):
         with pytest.raises(SystemExit) as leaves:
             run(f"--{flag}={value}")
         error = capsys.readouterr().err
@@ -486,10 +487,11 @@ def test_curves_of_runs_are_drawn(finished, tmp_path, capsys):
     for panel in (loss, measure):  # the only run is red
         red = (panel[0] > 150) & (panel[1] < 60) & (panel[2] < 60)
         assert red.any(dim=0).sum() > panel.shape[2] / 4  # columns
-    (tmp_path / "log.jsonl").write_text("[1]")
-    for folder in (tmp_path / "nowhere", tmp_path):
-        assert train.main(["--plot", str(folder)]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+    for log in ("[1]", "[" * 100_000):
+        (tmp_path / "log.jsonl").write_text(log)
+        for folder in (tmp_path / "nowhere", tmp_path):
+            assert train.main(["--plot", str(folder)]) == 2
+            assert capsys.readouterr().err.count("\n") == 1
 
 
 TINY_YOLOS = "embed_dim=32 depth=1 num_heads=1 det_tokens=9".split()
