@@ -168,6 +168,8 @@ def sincos_pos_embed(dim, grid):
 
     The first half of the channels encodes x (the column), the second y; each is [sin | cos].
     """
+    if dim % 4:
+        raise ValueError(f"width {dim} is no multiple of 4, which sine-cosine positions need")
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (grid, dim/4)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1).float()  # (grid, dim/2)

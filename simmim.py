@@ -185,6 +185,8 @@ def sincos_pos_embed(dim, grid):
 
     The first half of the channels encodes x (the column), the second y; each is [sin | cos].
     """
+    if dim % 4:
+        raise ValueError(f"width {dim} is no multiple of 4, which sine-cosine positions need")
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (grid, dim/4)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1).float()  # (grid, dim/2)
@@ -543,6 +545,9 @@ def make_head(kind, width, stride, out, resolution):
 
 def check_choices(c):
     """Raises ValueError for values of Config's fields that do not exist."""
+    if min(c.img_size, c.patch, c.mask_patch, c.embed_dim, c.clusters, c.window) < 1:
+        names = "img_size, patch, mask_patch, embed_dim, clusters and window"
+        raise ValueError(f"{names}: 1 or more")
     choices = {
         "encoder": ENCODERS,
         "mask": ("random", "square", "block"),
@@ -558,8 +563,6 @@ def check_choices(c):
         raise ValueError("mask_ratio is a share, and each stage has depths and num_heads")
     if c.freeze and c.task != "classify":
         raise ValueError("freeze goes with task=classify")
-    if min(c.img_size, c.embed_dim, c.clusters, c.window) < 1:
-        raise ValueError("img_size, embed_dim, clusters and window are 1 or more")
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

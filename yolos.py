@@ -172,6 +172,8 @@ def sincos_pos_embed(dim, grid):
 
     The first half of the channels encodes x (the column), the second y; each is [sin | cos].
     """
+    if dim % 4:
+        raise ValueError(f"width {dim} is no multiple of 4, which sine-cosine positions need")
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (grid, dim/4)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1).float()  # (grid, dim/2)
@@ -230,8 +232,8 @@ class Backbone(nn.Module):
         grids = [c.pos_grid, c.mid_pos_grid or c.pos_grid]
         if c.det_tokens < 1 or any(len(grid) != 2 or min(grid) < 1 for grid in grids):
             raise ValueError("give det_tokens of 1 or more, and position grids like 50,84")
-        if c.reference_points and (c.pos_grid[0] != c.pos_grid[1] or c.embed_dim % 4):
-            raise ValueError("reference_points need a square pos_grid, embed_dim a multiple of 4")
+        if c.reference_points and c.pos_grid[0] != c.pos_grid[1]:
+            raise ValueError("reference_points need a square pos_grid")
         if c.stem == "conv" and c.embed_dim < 8:
             raise ValueError("stem=conv needs an embed_dim of 8 or more")
         conv = c.stem == "conv"

@@ -780,6 +780,23 @@ def test_impossible_settings_of_simmim_are_answered_in_one_line(setting, shapes,
     assert message.startswith("error: --set") and message.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("model", "setting", "why"),
+    [
+        ("mimdet", "decoder_dim=130", "width 130 is no multiple of 4"),
+        ("yolos", "embed_dim=130", "width 130 is no multiple of 4"),
+        ("simmim", "embed_dim=130", "width 130 is no multiple of 4"),
+        ("simmim", "mask_patch=0", "clusters and window: 1 or more"),
+    ],
+)
+def test_impossible_sizes_are_named(model, setting, why):
+    net = train.MODELS[model]
+    config = dataclasses.asdict(net.CONFIGS["nano"])
+    train.override([setting], config)
+    with pytest.raises(ValueError, match=why):
+        net.build(net.Config(**config), 2)
+
+
 def test_a_finished_run_is_not_overwritten(finished, shapes, capsys):
     assert run("--data", shapes, "--out", finished, "--steps", 1) == 2
     assert "holds a run; give --resume" in capsys.readouterr().err
