@@ -178,7 +178,7 @@ def read_annotations(file):
 def find_images(folder):
     """Paths of the pictures in a folder and those below it, but not of what train.py has drawn."""
     files = (file for file in Path(folder).rglob("*") if is_image_file(file.name))
-    drawn = re.compile(r"(predict-\d+-.*|epoch-\d+\.\d+|eval-only)\.png")
+    drawn = re.compile(r"(predict-\d+-.*|epoch-\d+\.\d+|eval-only|tokens|curves)\.png")
     return sorted(file for file in files if not drawn.fullmatch(file.name))
 
 
@@ -238,7 +238,7 @@ class CocoDataset(Dataset):
     next image stands in for one that cannot be read, and target["skipped"] says what was wrong.
     """
 
-    task, skip_bad, has_masks = "detect", False, False
+    task, skip_bad, has_masks, same_classes = "detect", False, False, True
 
     def __init__(self, root, split, transform=None, limit=None, classes=None):
         self.file, self.folder = find_split(root, split)
@@ -401,17 +401,14 @@ class Pictures(CocoDataset):
         if any(find_split(root, part, required=False) for part in ("train", "val")):
             super().__init__(root, split, transform, limit)
         else:
-            self.folder, self.transform = Path(root), transform
+            self.folder, self.transform = Path(), transform
             files = find_images(root)
             found, held = len(files), files[9::10] or files[-1:]
             files = (held if split == "val" else sorted({*files} - {*held}))[:limit]
             if not files:
                 raise DataError(f"{root}: no annotations, and {found} images; give two or more")
-            names = [str(file.relative_to(root)) for file in files]
             # Every picture becomes a square: its own shape does not matter.
-            self.images = [
-                dict(id=i, file_name=name, width=1, height=1) for i, name in enumerate(names)
-            ]
+            self.images = [dict(id=i, file_name=f, width=1, height=1) for i, f in enumerate(files)]
             self.classes = [{"id": 0, "name": "picture"}]
         self.classes = classes or self.classes
         self.notes = [f"{len(self.images)} images"]
@@ -490,8 +487,7 @@ class Transform:
                 return v2.RandomResizedCrop(side, r["crop"], interpolation=how)(image, target)
             return v2.Resize(side, how)(image, target)
         if train and len(r["crop"]) == 2 and torch.rand(()) < 0.5:
-            short, multiple = choice((400, 500, 600)), r["multiple"]
-            image, target = resize(image, target, short, multiple=multiple)
+            image, target = resize(image, target, choice((400, 500, 600)), math.inf, r["multiple"])
             image, target = crop(image, target, *r["crop"])
         sizes, longest = r["sizes"] or [min(image.shape[-2:])], r["max_size"]
         short = choice(sizes) if train else sizes[-1]
@@ -507,7 +503,7 @@ def choice(values):
     return values[int(torch.randint(len(values), ()))]
 
 
-def resize(image, target, short, longest=math.inf, multiple=1):
+def resize(image, target, short, longest, multiple):
     h, w = image.shape[-2:]
     size = resized(h, w, short, longest, multiple)
     operation = partial(v2.functional.resize, size=size)
@@ -556,7 +552,7 @@ def epoch(aspect, size, seed):
     generator = torch.Generator().manual_seed(seed)
     steps = steps_per_epoch(aspect, size)
     order = torch.randperm(len(aspect), generator=generator)
-    order = order.repeat(-(-size // len(order)))[: steps * size]
+    order = order.repeat(math.ceil(size / len(order)))[: steps * size]
     for window in order.split(16 * size):  # sorting within windows alone keeps batches random
         window.copy_(window[aspect[window].argsort()])
     return order.reshape(steps, size)[torch.randperm(steps, generator=generator)]
@@ -596,8 +592,8 @@ def to_results(dataset, target, output):
     if "semantic" in output:
         truth, found = dataset.paint(target["image_id"]), output["semantic"].cpu()
         n = len(dataset.classes) + 1
-        counts = torch.bincount((truth * n + found)[truth >= 0], minlength=n * n)
-        pairs = [[i // n, i % n, int(counts[i])] for i in counts.nonzero()[:, 0].tolist()]
+        counts = torch.bincount((truth * n + found)[truth >= 0], minlength=n * n).reshape(n, n)
+        pairs = [[t, f, int(counts[t, f])] for t, f in counts.nonzero().tolist()]
         return [about | dict(pixels=pairs)]
     columns = dict(
         category_id=[dataset.classes[label]["id"] for label in output["labels"].tolist()],
@@ -721,8 +717,8 @@ def describe(found, classes):
         names = [*(c["name"] for c in classes), "background"]
         order = [k for k in shares.argsort(descending=True).tolist() if shares[k]]
         return ", ".join(f"{names[k]} {shares[k] / shares.sum():.0%}" for k in order[:6])
-    sure = [(score, label) for score, label in zip(found["scores"], found["labels"], strict=True)]
-    sure = [f"{classes[label]['name']} {score:.2f}" for score, label in sure if score >= 0.5]
+    pairs = zip(found["scores"], found["labels"], strict=True)
+    sure = [f"{classes[label]['name']} {score:.2f}" for score, label in pairs if score >= 0.5]
     return f"{len(sure)} objects with a score of 0.5 or more: {', '.join(sure[:8]) or 'none'}"
 
 
@@ -774,7 +770,7 @@ def draw_panel(title, curves, width=480, height=320):
         for x, y in places:
             pen.ellipse([x - 2, y - 2, x + 2, y + 2], color)
         pen.text((width - 16, 24 + 16 * i), name, color, font, "rt")
-    return torch.from_numpy(np.array(panel)).permute(2, 0, 1)
+    return v2.functional.pil_to_tensor(panel)
 
 
 def draw_attention(image, box_xyxy, maps):

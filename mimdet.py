@@ -29,6 +29,7 @@ from torchvision.ops import (
     FeaturePyramidNetwork,
     StochasticDepth,
     batched_nms,
+    box_area,
     box_convert,
     box_iou,
     clip_boxes_to_image,
@@ -158,8 +159,7 @@ class PatchEmbed(nn.Module):
 def run_blocks(blocks, x, recompute=False):
     """Apply the blocks in turn; recompute trades time for memory (activation checkpointing)."""
     for block in blocks:
-        recompute_now = recompute and torch.is_grad_enabled()
-        x = checkpoint(block, x, use_reentrant=False) if recompute_now else block(x)
+        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
     return x
 
 
@@ -222,6 +222,8 @@ class ConvStem(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
+        if dim < 8:
+            raise ValueError(f"stem=conv needs a width of 8 or more, not {dim}")
         widths = [3, dim // 8, dim // 4, dim // 2, dim]
         self.proj = nn.ModuleList(
             nn.Sequential(
@@ -261,7 +263,7 @@ class Encoder(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        if (c.stem, c.patch) not in [("conv", 16), *(("patch", side) for side in (4, 8, 16, 32))]:
+        if c.patch not in {"conv": (16,), "patch": (4, 8, 16, 32)}.get(c.stem, ()):
             raise ValueError('give stem="conv" and patch=16, or stem="patch" and 4, 8, 16 or 32')
         self.recompute, self.stride = c.checkpoint, c.patch
         conv = c.stem == "conv"
@@ -284,8 +286,7 @@ class Encoder(nn.Module):
             if noise is None:
                 noise = torch.rand(*tokens.shape[:2], device=x.device)  # (B, N)
             ids = sample_tokens(noise, sizes, stem.shape[-2:], ratio, self.stride)  # (B, N_kept)
-            keep = ids[:, :, None].expand(-1, -1, tokens.shape[2])
-            tokens = tokens.gather(1, keep)  # (B, N_kept, C): the others are dropped
+            tokens = tokens.take_along_dim(ids[:, :, None], dim=1)  # (B, N_kept, C), others dropped
         tokens = self.norm(run_blocks(self.blocks, tokens, self.recompute))  # (B, N_kept, C)
         return tokens, ids, (*fine, stem)
 
@@ -295,21 +296,18 @@ class Decoder(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.recompute = c.checkpoint
-        self.decoder_embed = nn.Linear(c.embed_dim, c.decoder_dim)
+        self.recompute, dim = c.checkpoint, c.decoder_dim
+        self.decoder_embed = nn.Linear(c.embed_dim, dim)
         if c.fill == "conv":
-            self.conv_feat_proj = nn.Linear(c.embed_dim, c.decoder_dim)
+            self.conv_feat_proj = nn.Linear(c.embed_dim, dim)
         elif c.fill == "mask":
-            self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_dim))
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         else:
             raise ValueError(f'fill must be "conv" or "mask", not "{c.fill}"')
-        self.decoder_pos_embed = nn.Parameter(
-            sincos_pos_embed(c.decoder_dim, c.grid), requires_grad=False
-        )
-        self.decoder_blocks = nn.ModuleList(
-            Block(c.decoder_dim, c.decoder_dim // 32, eps=1e-5) for _ in range(c.decoder_depth)
-        )
-        self.decoder_norm = nn.LayerNorm(c.decoder_dim, eps=1e-5)
+        self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(dim, c.grid), requires_grad=False)
+        blocks = (Block(dim, dim // 32, eps=1e-5) for _ in range(c.decoder_depth))
+        self.decoder_blocks = nn.ModuleList(blocks)
+        self.decoder_norm = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, tokens, ids, stem):
         B, _, H, W = stem.shape
@@ -359,8 +357,7 @@ def make_anchors(maps, scale):
         ratio = torch.tensor([0.5, 1.0, 2.0], device=x.device)
         half = torch.stack([1 / ratio.sqrt(), ratio.sqrt()], dim=1) * (scale * stride / 2)  # (3, 2)
         ys, xs = (torch.arange(side, device=x.device) * stride for side in (H, W))
-        centers = torch.stack([xs.expand(H, W), ys[:, None].expand(H, W)], dim=-1)  # (H, W, 2)
-        centers = centers.reshape(-1, 1, 2)
+        centers = torch.cartesian_prod(ys, xs).flip(1)[:, None]  # (H * W, 1, 2)
         anchors.append(torch.cat([centers - half, centers + half], dim=-1).reshape(-1, 4))
     return anchors
 
@@ -392,7 +389,7 @@ def match(boxes_xyxy, targets_xyxy, low, high, rescue=False):
         return nothing, nothing
     iou = box_iou(targets_xyxy, boxes_xyxy)  # (M, N)
     best, matched = iou.max(dim=0)
-    label = (best >= high).long() - ((best >= low) & (best < high)).long()
+    label = torch.where(best >= high, 1, torch.where(best >= low, -1, 0))
     if rescue:
         label[(iou == iou.amax(dim=1, keepdim=True)).any(dim=0)] = 1
     return matched, label
@@ -401,31 +398,26 @@ def match(boxes_xyxy, targets_xyxy, low, high, rescue=False):
 def subsample(label, total, fraction):
     """Indices of at most total * fraction random objects, and of background to fill up to total."""
     objects, background = (label == 1).nonzero()[:, 0], (label == 0).nonzero()[:, 0]
-    num_objects = min(int(total * fraction), len(objects))
-    objects = objects[torch.randperm(len(objects), device=label.device)[:num_objects]]
-    num_background = min(total - num_objects, len(background))
-    pick = torch.randperm(len(background), device=label.device)[:num_background]
-    return objects, background[pick]
+    order = torch.randperm(len(objects), device=label.device)
+    objects = objects[order[: int(total * fraction)]]
+    order = torch.randperm(len(background), device=label.device)
+    return objects, background[order[: total - len(objects)]]
 
 
 def pool_rois(maps, boxes_per_image, size, anchor_scale):
     """Crops (R, C, size, size) from p2..p5 (FPN, arXiv:1612.03144, Eq. 1).
 
     A box of side 28 * anchor_scale, the paper's 224 px, comes from p4.
-
     Aligned RoIAlign with as many samples per bin as the box needs (Detectron2's ROIAlignV2).
     """
-    boxes = torch.cat(boxes_per_image)
-    side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
-    level = (4 + (side / (28 * anchor_scale) + 1e-8).log2()).floor().clamp(2, 5) - 2
-    image = [b.new_full((len(b), 1), i) for i, b in enumerate(boxes_per_image)]
-    rois = torch.cat([torch.cat(image), boxes], dim=1)  # (R, 5)
-    pooled = boxes.new_zeros(len(rois), maps[0].shape[1], size, size)
-    for i, x in enumerate(maps[:4]):
+    rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes_per_image)])  # (R, 5)
+    side = box_area(rois[:, 1:]).sqrt()
+    level = (4 + (side / (28 * anchor_scale) + 1e-8).log2()).floor().clamp(2, 5)  # (R,)
+    pooled = rois.new_zeros(len(rois), maps[0].shape[1], size, size)
+    for i, x in enumerate(maps[:4], start=2):
         index = (level == i).nonzero()[:, 0]
         # In float32 under autocast too: a bfloat16 coordinate of 200 is only good to a pixel.
-        crops = roi_align(x.float(), rois[index], size, 1 / (4 * 2**i), 0, aligned=True)
-        pooled[index] = crops
+        pooled[index] = roi_align(x.float(), rois[index], size, 1 / 2**i, 0, aligned=True)
     return pooled
 
 
@@ -465,11 +457,6 @@ def over_processes(counts):
     return counts
 
 
-def conv_bn_relu(dim):
-    """3x3 convolution, BatchNorm, ReLU: `.0` and `.1` hold the weights."""
-    return Conv2dNormActivation(dim, dim, 3)
-
-
 class RPN(nn.Module):
     """Objectness and box deltas of 3 anchors a place (Faster R-CNN, arXiv:1506.01497, Sec. 3.1)."""
 
@@ -484,9 +471,8 @@ class RPN(nn.Module):
         logits, deltas = [], []
         for x in maps:
             x = F.relu(self.conv1(F.relu(self.conv0(x))))
-            delta = self.anchor_deltas(x).unflatten(1, (3, 4)).permute(0, 3, 4, 1, 2)
             logits.append(self.objectness_logits(x).permute(0, 2, 3, 1).flatten(1).float())
-            deltas.append(delta.flatten(1, 3).float())
+            deltas.append(self.anchor_deltas(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4).float())
         return logits, deltas  # per level (B, H_l * W_l * 3), (B, H_l * W_l * 3, 4)
 
 
@@ -496,7 +482,7 @@ class BoxHead(nn.Module):
     def __init__(self, dim, num_classes):
         super().__init__()
         for i in range(1, 5):
-            self.add_module(f"conv{i}", conv_bn_relu(dim))
+            self.add_module(f"conv{i}", Conv2dNormActivation(dim, dim, 3))  # with BatchNorm, ReLU
         self.fc1 = nn.Linear(dim * 7 * 7, 4 * dim)
         self.cls_score = nn.Linear(4 * dim, num_classes + 1)
         self.bbox_pred = nn.Linear(4 * dim, num_classes * 4)
@@ -513,7 +499,7 @@ class MaskHead(nn.Module):
     def __init__(self, dim, num_classes):
         super().__init__()
         for i in range(1, 5):
-            self.add_module(f"mask_fcn{i}", conv_bn_relu(dim))
+            self.add_module(f"mask_fcn{i}", Conv2dNormActivation(dim, dim, 3))
         self.deconv = nn.ConvTranspose2d(dim, dim, 2, stride=2)
         self.predictor = nn.Conv2d(dim, num_classes, 1)
 
@@ -554,15 +540,14 @@ def select_proposals(logits, deltas, anchors, sizes, per_level, total):
             levels.append(torch.full_like(index, level))
         boxes = clip_boxes_to_image(torch.cat(boxes), size)
         valid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).nonzero()[:, 0]
-        scores, levels = torch.cat(scores)[valid], torch.cat(levels)[valid]
-        boxes = boxes[valid]
+        boxes, scores, levels = boxes[valid], torch.cat(scores)[valid], torch.cat(levels)[valid]
         proposals.append(boxes[batched_nms(boxes, scores, levels, 0.7)[:total]])
     return proposals
 
 
 @torch.no_grad()
-def crop_masks(masks, matched, boxes_xyxy, size=28):
-    """Binary target masks (R, size, size): each box's crop of its target's mask (M, H, W).
+def crop_masks(masks, matched, boxes_xyxy):
+    """Binary target masks (R, 28, 28): each box's crop of its target's mask (M, H, W).
 
     Differs: the authors rasterise polygons inside each box; here masks of the whole image are
     cropped, Detectron2's rule for bitmasks, so that any annotation (polygon, RLE, drawn) is read
@@ -570,17 +555,17 @@ def crop_masks(masks, matched, boxes_xyxy, size=28):
     """
     rois = torch.cat([matched[:, None].to(boxes_xyxy.dtype), boxes_xyxy], dim=1)
     masks = masks[:, None].to(boxes_xyxy.dtype)
-    return roi_align(masks, rois, size, sampling_ratio=0, aligned=True)[:, 0] >= 0.5
+    return roi_align(masks, rois, 28, sampling_ratio=0, aligned=True)[:, 0] >= 0.5
 
 
-def select_detections(rois, logits, deltas, size, threshold=0.05, top=100):
-    """Class-wise NMS at 0.5 over all that scores above the threshold; the `top` best are kept."""
+def select_detections(rois, logits, deltas, size):
+    """Class-wise NMS at 0.5 over all that scores above 0.05; the 100 best are kept."""
     scores = logits.softmax(dim=1)[:, :-1]  # (R, K)
-    boxes = decode_boxes(deltas, rois[:, None], BOX_WEIGHTS)  # (R, K, 4)
+    roi, labels = (scores > 0.05).nonzero().unbind(1)  # (D,)
+    scores = scores[roi, labels]
+    boxes = decode_boxes(deltas[roi, labels], rois[roi], BOX_WEIGHTS)  # (D, 4)
     boxes = clip_boxes_to_image(boxes, size)
-    roi, labels = (scores > threshold).nonzero().unbind(1)
-    boxes, scores = boxes[roi, labels], scores[roi, labels]
-    keep = batched_nms(boxes, scores, labels, 0.5)[:top]
+    keep = batched_nms(boxes, scores, labels, 0.5)[:100]
     return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
 
 
@@ -615,9 +600,7 @@ class MIMDet(nn.Module):
         widths = [c.embed_dim // 4, c.embed_dim // 2, c.decoder_dim, c.decoder_dim]
         if c.stem == "patch":  # the decoder's map alone makes the pyramid
             widths = [c.decoder_dim] * 4
-            self.scales = nn.ModuleList(
-                ScaleMap(c.decoder_dim, c.patch, 4 * 2**i) for i in range(4)
-            )
+            self.scales = nn.ModuleList(ScaleMap(c.decoder_dim, c.patch, s) for s in (4, 8, 16, 32))
         self.fpn = FeaturePyramidNetwork(widths, c.fpn_dim, LastLevelMaxPool(), nn.BatchNorm2d)
         self.rpn = RPN(c.fpn_dim)
         self.box_head = BoxHead(c.fpn_dim, num_classes)
@@ -632,12 +615,11 @@ class MIMDet(nn.Module):
                 nn.init.zeros_(module.bias)
         if c.fill == "mask":
             nn.init.normal_(self.decoder.mask_token, std=0.02)
-        for module in [self.rpn, self.box_head, self.mask_head]:
-            for layer in module.modules() if module else ():
-                if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-                    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-                    if layer.bias is not None:
-                        nn.init.zeros_(layer.bias)
+        for layer in nn.ModuleList([self.rpn, self.box_head, self.mask_head]).modules():
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         nn.init.kaiming_uniform_(self.box_head.fc1.weight, a=1)
         # Differs: Detectron2 begins the RPN's hidden layers at std 0.01 too.
         for layer in [self.rpn.objectness_logits, self.rpn.anchor_deltas, self.box_head.cls_score]:
@@ -723,12 +705,10 @@ class MIMDet(nn.Module):
             # Differs: without any object the head sees a background crop: all processes call it.
             crops = mask_rois if len(objects) else [rois[0][:1]]
             mask_logits = self.mask_head(pool_rois(maps, crops, 14, c.anchor_scale))
-            losses["loss_mask"] = mask_logits.sum() * 0
-            if len(objects):
-                mask_logits = mask_logits[torch.arange(len(objects)), labels_of_objects]
-                wanted = torch.cat(wanted_masks).float()  # (objects, 28, 28)
-                error = F.binary_cross_entropy_with_logits(mask_logits, wanted, reduction="sum")
-                losses["loss_mask"] = error / (num_masks * 28**2)
+            mask_logits = mask_logits[torch.arange(len(objects)), labels_of_objects]
+            wanted = torch.cat(wanted_masks).float()  # (objects, 28, 28)
+            error = F.binary_cross_entropy_with_logits(mask_logits, wanted, reduction="sum")
+            losses["loss_mask"] = error / (num_masks * 28**2)
         return losses
 
     def detect(self, x, sizes, out_sizes, noise=None):
@@ -773,9 +753,8 @@ def param_groups(model, recipe):
     spread, groups = recipe["lr_spread"], {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            stem, vit = name.startswith("encoder.patch_embed."), name.startswith("encoder.")
-            stem &= model.config.stem == "conv"
-            scale = 1.0 if stem else 1 / spread if vit else spread
+            stem = model.config.stem == "conv" and name.startswith("encoder.patch_embed.")
+            scale = 1.0 if stem else 1 / spread if name.startswith("encoder.") else spread
             groups.setdefault((scale, p.ndim > 1), []).append(p)
     return [
         dict(params=params, lr_scale=scale, weight_decay=recipe["weight_decay"] * decays)
@@ -805,7 +784,7 @@ def plain_blocks(state):
     state = dict(state)
     for key in [key for key in state if key.endswith(("gamma_1", "gamma_2"))]:
         scale = state.pop(key)
-        name = re.sub("gamma_[12]$", "attn.proj" if key.endswith("1") else "mlp.fc2", key)
+        name = key.replace("gamma_1", "attn.proj").replace("gamma_2", "mlp.fc2")
         state[f"{name}.weight"] = state[f"{name}.weight"] * scale[:, None]
         state[f"{name}.bias"] = state[f"{name}.bias"] * scale
     for key in [key for key in state if key.endswith("attn.q_bias")]:

@@ -63,14 +63,11 @@ class Config:
 
     @property
     def task(self):
-        return {"classifier": "classify", "semantic": "segment", "trans2seg": "segment"}.get(
-            self.head, "detect"
-        )
+        tasks = {"classifier": "classify", "semantic": "segment", "trans2seg": "segment"}
+        return tasks.get(self.head, "detect")
 
 
 # fmt: off
-# Stages of PVT v2 (arXiv:2106.13797, Table 1).
-V2 = dict(design="v2")
 CONFIGS = {  # with the parameters as RetinaNet for 80 classes, and as classifier for 1000
     # Differs: group_norm, and for head=detr reference_points and patch_loss, because training from
     # scratch takes the published heads far longer than minutes.
@@ -82,14 +79,14 @@ CONFIGS = {  # with the parameters as RetinaNet for 80 classes, and as classifie
     "small": Config(depths=(3, 4, 6, 3)),  # 34,221,300; 24,485,864
     "medium": Config(depths=(3, 4, 18, 3), drop_path=0.0),  # 53,943,540; 44,208,104
     "large": Config(depths=(3, 8, 27, 3), drop_path=0.0),  # 71,104,756; 61,369,320
-    # As classifiers b3, b4 and b5 have drop_path 0.3.
-    "v2_b0": Config(embed_dims=(32, 64, 160, 256), **V2),  # classifier: 3,666,760
-    "v2_b1": Config(**V2),  # 14,009,000
-    "v2_b2": Config(depths=(3, 4, 6, 3), **V2),  # 25,362,856
+    # PVT v2 (arXiv:2106.13797, Table 1). As classifiers b3, b4 and b5 have drop_path 0.3.
+    "v2_b0": Config(embed_dims=(32, 64, 160, 256), design="v2"),  # classifier: 3,666,760
+    "v2_b1": Config(design="v2"),  # 14,009,000
+    "v2_b2": Config(depths=(3, 4, 6, 3), design="v2"),  # 25,362,856
     "v2_b2_li": Config(depths=(3, 4, 6, 3), design="v2_li"),  # 22,553,512
-    "v2_b3": Config(depths=(3, 4, 18, 3), **V2),  # 45,238,696
-    "v2_b4": Config(depths=(3, 8, 27, 3), **V2),  # 62,556,072
-    "v2_b5": Config(depths=(3, 6, 40, 3), mlp_ratios=(4, 4, 4, 4), **V2),  # 81,956,008
+    "v2_b3": Config(depths=(3, 4, 18, 3), design="v2"),  # 45,238,696
+    "v2_b4": Config(depths=(3, 8, 27, 3), design="v2"),  # 62,556,072
+    "v2_b5": Config(depths=(3, 6, 40, 3), mlp_ratios=(4, 4, 4, 4), design="v2"),  # 81,956,008
 }
 PAPER = dict(
     lr=1e-4, batch_size=16, backbone_lr=1.0, weight_decay=1e-4, clip=0.0, epochs=12, warmup=500,
@@ -184,8 +181,7 @@ class Block(nn.Module):
 def run_blocks(blocks, x, recompute=False):
     """Apply the blocks in turn; recompute trades time for memory (activation checkpointing)."""
     for block in blocks:
-        recompute_now = recompute and torch.is_grad_enabled()
-        x = checkpoint(block, x, use_reentrant=False) if recompute_now else block(x)
+        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
     return x
 
 
@@ -343,9 +339,8 @@ class PyramidVisionTransformer(nn.Module):
             self.add_module(f"patch_embed{s + 1}", embed(dims[s], dim, 4 if s == 0 else 2))
             if v1:
                 rows = (c.pos_size // (4 * 2**s)) ** 2 + (s == 3)
-                self.register_parameter(
-                    f"pos_embed{s + 1}", nn.Parameter(trunc_normal(1, rows, dim))
-                )
+                table = nn.Parameter(trunc_normal(1, rows, dim))
+                self.register_parameter(f"pos_embed{s + 1}", table)
             rates = [c.drop_path * (index + j) / total for j in range(depth)]
             index += depth
             blocks = (PyramidBlock(dim, heads, ratio, sr, rate, c.design) for rate in rates)
@@ -446,8 +441,7 @@ def retina_anchors(maps, scale):
         side = stride * scale * 2 ** (torch.arange(3, device=x.device) / 3)  # (3,)
         half = torch.stack([side * (1 / ratio), side * ratio], dim=-1).reshape(-1, 2) / 2  # (9, 2)
         ys, xs = (torch.arange(length, device=x.device) * stride for length in (H, W))
-        centers = torch.stack([xs.expand(H, W), ys[:, None].expand(H, W)], dim=-1)  # (H, W, 2)
-        centers = centers.reshape(-1, 1, 2)
+        centers = torch.cartesian_prod(ys, xs).flip(1)[:, None]  # (H * W, 1, 2)
         anchors.append(torch.cat([centers - half, centers + half], dim=-1).reshape(-1, 4))
     return anchors
 
@@ -488,7 +482,7 @@ def grid_points(rows, columns):
     """Centres (rows * columns, 2) of the cells of a grid over an image, x and y as shares of it."""
     y = (torch.arange(rows) + 0.5) / rows
     x = (torch.arange(columns) + 0.5) / columns
-    return torch.stack([x.expand(rows, -1), y[:, None].expand(-1, columns)], dim=2).flatten(0, 1)
+    return torch.cartesian_prod(y, x).flip(1)  # row by row
 
 
 def spread_points(count):
@@ -618,9 +612,9 @@ class RetinaNet(nn.Module):
         self.fpn = FeaturePyramidNetwork(c.embed_dims[1:], dim, norm_layer=norm)
         self.p6 = nn.Conv2d(c.embed_dims[3], dim, 3, stride=2, padding=1)
         self.p7 = nn.Conv2d(dim, dim, 3, stride=2, padding=1)
-        depth = range(c.head_depth or 4)
+        layers = range(c.head_depth or 4)
         self.cls_convs, self.reg_convs = (
-            nn.Sequential(*(Conv2dNormActivation(dim, dim, 3, norm_layer=norm) for _ in depth))
+            nn.Sequential(*(Conv2dNormActivation(dim, dim, 3, norm_layer=norm) for _ in layers))
             for _ in range(2)
         )
         self.retina_cls = nn.Conv2d(dim, 9 * num_classes, 3, padding=1)
@@ -660,9 +654,9 @@ class RetinaNet(nn.Module):
         Both are divided by the number of the latter, at least 1 an image.
         Differs: mmdetection has no anchors where a smaller image is padded past multiples of 32.
         """
-        logits, deltas, anchors = torch.cat(outputs[0], 1), torch.cat(outputs[1], 1), outputs[2]
-        anchors, count = torch.cat(anchors), 0
-        loss_cls = loss_box = 0.0
+        logits, deltas = (torch.cat(levels, dim=1) for levels in outputs[:2])
+        anchors = torch.cat(outputs[2])
+        loss_cls = loss_box = count = 0
         for logit, delta, target in zip(logits, deltas, targets, strict=True):
             item = assign_anchors(anchors, target["boxes"])  # (N,)
             positive = (item >= 0).nonzero()[:, 0]
@@ -679,7 +673,7 @@ class RetinaNet(nn.Module):
     def answers(self, outputs, sizes, out_sizes):
         results = []
         for i, (size, out) in enumerate(zip(sizes, out_sizes, strict=True)):
-            levels = zip(*([x[i] for x in part] for part in outputs[:2]), outputs[2], strict=True)
+            levels = [(x[i], deltas[i], boxes) for x, deltas, boxes in zip(*outputs, strict=True)]
             result = select_boxes(levels, size)
             scale = result["boxes"].new_tensor([out[1] / size[1], out[0] / size[0]] * 2)
             results.append(result | {"boxes": result["boxes"] * scale})
@@ -724,19 +718,14 @@ class DETRLayer(nn.Module):
         y = self.self_attn(y, y, x, key_padding_mask=own, need_weights=False)[0]
         x = self.norms[0](x + self.dropout(y))
         if memory is not None:
-            y = self.cross_attn(
-                x + position,
-                memory + memory_position,
-                memory,
-                key_padding_mask=padding,
-                need_weights=False,
-            )[0]
+            query, key = x + position, memory + memory_position
+            y = self.cross_attn(query, key, memory, key_padding_mask=padding, need_weights=False)[0]
             x = self.norms[1](x + self.dropout(y))
         y = self.linear2(self.dropout(F.relu(self.linear1(x))))
         return self.norms[-1](x + self.dropout(y))
 
 
-class MLP(nn.Module):
+class ThreeLayerMlp(nn.Module):
     """Three linear layers with ReLU between (DETR, arXiv:2005.12872, Sec. 3.2)."""
 
     def __init__(self, dim, out):
@@ -776,13 +765,13 @@ class DETR(nn.Module):
 
     def __init__(self, c, num_classes):
         super().__init__()
-        dim, depth = c.head_dim, range(c.head_depth or 6)
+        dim, layers = c.head_dim, range(c.head_depth or 6)
         if dim % 32:
             raise ValueError("head=detr needs a head_dim divisible by 32")
         self.has_points, self.queries, self.patch_loss = c.reference_points, c.queries, c.patch_loss
         self.input_proj = nn.Conv2d(c.embed_dims[3], dim, 1)
-        self.encoder = nn.ModuleList(DETRLayer(dim, dim // 32, False) for _ in depth)
-        self.decoder = nn.ModuleList(DETRLayer(dim, dim // 32, True) for _ in depth)
+        self.encoder = nn.ModuleList(DETRLayer(dim, dim // 32, False) for _ in layers)
+        self.decoder = nn.ModuleList(DETRLayer(dim, dim // 32, True) for _ in layers)
         self.norm = nn.LayerNorm(dim)
         self.query_embed = nn.Parameter(torch.randn(c.queries, dim))
         if c.reference_points:
@@ -790,7 +779,7 @@ class DETR(nn.Module):
             real = torch.ones(1, math.ceil(c.queries / columns), columns, dtype=torch.bool)
             self.query_embed.data = sine_positions(real, dim).flatten(0, 2)[: c.queries]
         self.class_embed = nn.Linear(dim, num_classes + 1)  # the last class: no object
-        self.bbox_embed = MLP(dim, 4)
+        self.bbox_embed = ThreeLayerMlp(dim, 4)
         for p in [*self.encoder.parameters(), *self.decoder.parameters()]:
             if p.ndim > 1:
                 nn.init.xavier_uniform_(p)
@@ -989,15 +978,15 @@ class Trans2Seg(Segmenter):
 
     def __init__(self, c, num_classes):
         super().__init__()
-        dim, depth, width = c.head_dim, range(c.head_depth or 4), c.head_dim // 4
+        dim, layers, width = c.head_dim, range(c.head_depth or 4), c.head_dim // 4
         if dim % 32:
             raise ValueError("head=trans2seg needs a head_dim divisible by 32")
         heads = dim // 32
         self.proj = nn.Conv2d(c.embed_dims[3], dim, 1)
-        self.encoder = nn.ModuleList(Block(dim, heads, 3.0) for _ in depth)
+        self.encoder = nn.ModuleList(Block(dim, heads, 3.0) for _ in layers)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.queries = nn.Parameter(trunc_normal(1, num_classes + 1, dim))
-        self.decoder = nn.ModuleList(ClassDecoderBlock(dim, heads) for _ in depth)
+        self.decoder = nn.ModuleList(ClassDecoderBlock(dim, heads) for _ in layers)
         self.features = nn.Conv2d(dim, width, 3, padding=1)
         self.attention = nn.Conv2d(heads, width, 3, padding=1)
         self.name = nn.Linear(dim, width)
@@ -1044,7 +1033,6 @@ class PVT(nn.Module):
         c = self.config = config
         if c.head not in HEADS:
             raise ValueError(f"head must be one of {', '.join(HEADS)}, not {c.head}")
-        self.num_classes = num_classes
         self.backbone = PyramidVisionTransformer(c)
         self.head = HEADS[c.head](c, num_classes)
         self.multiple = 1 if c.head == "classifier" else 32  # sides that images are padded to
@@ -1124,8 +1112,7 @@ def from_official(state_dict, config=CONFIGS["tiny"]):
         for pattern, name in RENAMES:
             key = re.sub(pattern, name, key)
         if config.head == "retinanet":  # its two extra levels are in the same list
-            for i, name in ((3, "p6"), (4, "p7")):
-                key = key.replace(f"head.fpn.layer_blocks.{i}.0.", f"head.{name}.")
+            key = key.replace("fpn.layer_blocks.3.0", "p6").replace("fpn.layer_blocks.4.0", "p7")
         no_place = ("backbone.cls_token", "backbone.norm.", "head.fc.")
         if config.head == "classifier" or not key.startswith(no_place):
             state[key] = value

@@ -29,8 +29,6 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.swin_transformer import (
     PatchMerging,
     PatchMergingV2,
-    ShiftedWindowAttention,
-    ShiftedWindowAttentionV2,
     SwinTransformerBlock,
     SwinTransformerBlockV2,
 )
@@ -175,8 +173,7 @@ class PatchEmbed(nn.Module):
 def run_blocks(blocks, x, recompute=False):
     """Apply the blocks in turn; recompute trades time for memory (activation checkpointing)."""
     for block in blocks:
-        recompute_now = recompute and torch.is_grad_enabled()
-        x = checkpoint(block, x, use_reentrant=False) if recompute_now else block(x)
+        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
     return x
 
 
@@ -280,7 +277,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_pos_embed(c.embed_dim, self.grid), requires_grad=False)
         (depth,), (heads,) = c.depths, c.num_heads
         rates = [c.drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(c.embed_dim, heads, 4.0, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(c.embed_dim, heads, drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(c.embed_dim, eps=1e-6)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -320,7 +317,7 @@ class RelativePositionBias(nn.Module):
 class BEiTAttention(nn.Module):
     """Attention with a bias for each pair of places, and none for the keys."""
 
-    def __init__(self, dim, num_heads, grid=None):
+    def __init__(self, dim, num_heads, grid):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"width {dim} cannot be shared by {num_heads} heads")
@@ -376,10 +373,9 @@ class BEiT(nn.Module):
             self.mask_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
             self.rel_pos_bias = RelativePositionBias(self.grid, heads)
             self.norm = nn.LayerNorm(c.embed_dim, eps=1e-6)
-        rates, grid = [c.drop_path * i / max(1, depth - 1) for i in range(depth)], self.grid
-        self.blocks = nn.ModuleList(
-            BEiTBlock(c.embed_dim, heads, rate, None if pretrains else grid) for rate in rates
-        )
+        rates = [c.drop_path * i / max(1, depth - 1) for i in range(depth)]
+        grid = None if pretrains else self.grid  # of the tables that the blocks have themselves
+        self.blocks = nn.ModuleList(BEiTBlock(c.embed_dim, heads, rate, grid) for rate in rates)
         cut = 0.02 if pretrains else 2.0
         for name, p in self.named_parameters():
             if p.ndim > 1 and not name.endswith("bias_table"):
@@ -406,16 +402,15 @@ class BEiT(nn.Module):
         return x.transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
 
-class SwinEmbed(nn.Module):
-    """4x4 patches and a LayerNorm, channels last: (B, H/4, W/4, C)."""
+class SwinEmbed(PatchEmbed):
+    """Patches, 4x4 in the paper, and a LayerNorm, channels last: (B, H/p, W/p, C)."""
 
     def __init__(self, dim, patch):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch, stride=patch)
+        super().__init__(dim, patch)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x):
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(super().forward(x).permute(0, 2, 3, 1))
 
 
 class Swin(nn.Module):
@@ -444,9 +439,8 @@ class Swin(nn.Module):
             rates = [c.drop_path * (index + j) / total for j in range(depth)]
             index += depth
             stage = swin_stage(dim, heads, min(c.window, side), rates, v2)
-            self.layers.append(nn.ModuleDict({"blocks": stage}))
-            if s < len(c.depths) - 1:
-                self.layers[s]["downsample"] = merging(dim)
+            downsample = merging(dim) if s < len(c.depths) - 1 else nn.Identity()
+            self.layers.append(nn.ModuleDict({"blocks": stage, "downsample": downsample}))
         self.norm = nn.LayerNorm(self.width)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -460,25 +454,15 @@ class Swin(nn.Module):
         grid = x.shape[1:3]
         x = hide(x.flatten(1, 2), mask, getattr(self, "mask_token", None)).unflatten(1, grid)
         for layer in self.layers:
-            x = run_blocks(layer["blocks"], x, self.recompute)
-            x = layer["downsample"](x) if "downsample" in layer else x
+            x = layer["downsample"](run_blocks(layer["blocks"], x, self.recompute))
         return self.norm(x).permute(0, 3, 1, 2)  # (B, 8 * C, H/32, W/32)
 
 
 def swin_stage(dim, num_heads, window, rates, v2=False):
     """Blocks of a stage, every second one with shifted windows (if there is more than one)."""
     block = SwinTransformerBlockV2 if v2 else SwinTransformerBlock
-    attention = ShiftedWindowAttentionV2 if v2 else ShiftedWindowAttention
     return nn.ModuleList(
-        block(
-            dim,
-            num_heads,
-            [window, window],
-            [window // 2 * (j % 2)] * 2,
-            stochastic_depth_prob=rate,
-            norm_layer=nn.LayerNorm,
-            attn_layer=attention,
-        )
+        block(dim, num_heads, [window] * 2, [window // 2 * (j % 2)] * 2, stochastic_depth_prob=rate)
         for j, rate in enumerate(rates)
     )
 
@@ -538,9 +522,7 @@ def make_head(kind, width, stride, out, resolution):
     if kind in ("inverse_swin_t", "inverse_swin_b") and resolution <= 4 and doubles:
         dim, depths = {"t": (96, (2, 2, 6, 2)), "b": (128, (2, 2, 18, 2))}[kind[-1]]
         return InverseSwin(width, stride, dim, depths, out, up)
-    raise ValueError(
-        'head must be "linear", "mlp2", or, up to a resolution of 4, "inverse_swin_t/b"'
-    )
+    raise ValueError('head: "linear", "mlp2" or, up to a resolution of 4, "inverse_swin_t/b"')
 
 
 def check_choices(c):
@@ -611,13 +593,13 @@ class Target(nn.Module):
         """Pixels or patches, as rows (B, h * w, 3 * side * side)."""
         return F.unfold(self.shrink(x), self.side, stride=self.side).transpose(1, 2)
 
-    def fit(self, images, seed=0):
+    def fit(self, images):
         """Find the codes by k-means over normalised pictures (n, 3, H, W)."""
         rows = self.pieces(images).flatten(0, 1)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         rows = rows[order[: 64 * len(self.codes)]].double().numpy()
         # From different pieces, drawn; k-means++ would take minutes to draw 512 better ones.
-        start = np.random.default_rng(seed).permutation(np.unique(rows, axis=0))
+        start = np.random.default_rng(0).permutation(np.unique(rows, axis=0))
         found, _ = kmeans2(rows, np.resize(start, self.codes.shape), minit="matrix")
         self.codes.copy_(torch.from_numpy(found))
 
@@ -660,12 +642,13 @@ class SimMIM(nn.Module):
         c = self.config = config
         check_choices(c)
         self.encoder = ENCODERS[c.encoder](replace(c, drop_path=0.0) if c.freeze else c)
-        if c.img_size % self.encoder.stride:
-            raise ValueError(f"img_size must be a multiple of the stride, {self.encoder.stride}")
+        width, stride = self.encoder.width, self.encoder.stride
+        if c.img_size % stride:
+            raise ValueError(f"img_size must be a multiple of the stride, {stride}")
         if c.task == "classify":
             after = c.encoder == "beit"  # its norm comes after the mean over patches
-            self.fc_norm = nn.LayerNorm(self.encoder.width, eps=1e-6) if after else nn.Identity()
-            self.head = nn.Linear(self.encoder.width, num_classes)
+            self.fc_norm = nn.LayerNorm(width, eps=1e-6) if after else nn.Identity()
+            self.head = nn.Linear(width, num_classes)
             nn.init.zeros_(self.head.bias)
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             self.head.weight.data *= 0.001 if after else 1  # as released
@@ -673,11 +656,8 @@ class SimMIM(nn.Module):
                 self.encoder.requires_grad_(False)
                 self.fc_norm.requires_grad_(False)
         else:
-            self.target = Target(c, self.encoder.stride)
-            resolution = self.target.resolution
-            self.decoder = make_head(
-                c.head, self.encoder.width, self.encoder.stride, self.target.out, resolution
-            )
+            self.target = Target(c, stride)
+            self.decoder = make_head(c.head, width, stride, self.target.out, self.target.resolution)
 
     def forward(self, images, targets=None, sizes=None, mask=None):
         """Loss if there are targets, else answers.
@@ -711,16 +691,15 @@ class SimMIM(nn.Module):
         Differs: drawn by PyTorch's generator, by NumPy's in the released code.
         """
         c, masks = self.config, []
-        scale = c.mask_patch // c.patch
         for image in images:
             generator = None
             if fixed:
                 content = (image * 255).byte().cpu().numpy().tobytes()
                 generator = torch.Generator().manual_seed(zlib.crc32(content))
             cells = [side // c.mask_patch for side in image.shape[1:]]
-            mask = draw_mask(c.mask, cells, c.mask_ratio, generator, c.mask_patch)
-            masks.append(mask.repeat_interleave(scale, 0).repeat_interleave(scale, 1))
-        return torch.stack(masks)
+            masks.append(draw_mask(c.mask, cells, c.mask_ratio, generator, c.mask_patch))
+        scale = c.mask_patch // c.patch
+        return torch.stack(masks).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
     def masked_loss(self, found, x, mask):
         """Error summed over the hidden places of the whole batch, by their number (Sec. 3.4)."""
@@ -734,9 +713,9 @@ class SimMIM(nn.Module):
         hidden = F.interpolate(mask[:, None].float(), size=x.shape[2:]).bool()  # (B, 1, H, W)
         guess = self.target.picture(found)  # (B, 3, H, W)
         visible = (x * ~hidden).sum(dim=(2, 3)) / (~hidden).sum(dim=(2, 3)).clamp(min=1)  # (B, 3)
-        share = hidden.sum(dim=(1, 2, 3)).clamp(min=1) * 3
+        count = 3 * hidden.sum(dim=(1, 2, 3)).clamp(min=1)
         errors = [
-            ((x - other).abs() * hidden).sum(dim=(1, 2, 3)) / share
+            ((x - other).abs() * hidden).sum(dim=(1, 2, 3)) / count
             for other in (guess, visible[:, :, None, None])
         ]
         pictures = [denormalise(torch.where(hidden, y, x)) for y in (guess, torch.zeros_like(x))]
@@ -768,7 +747,7 @@ def param_groups(model, recipe):
     1-D parameters and the class token; with Swin for the mask token, and in classifying for the
     relative tables.
     """
-    groups, depth = {}, sum(model.config.depths)
+    groups, depths = {}, model.config.depths
     exempt = ["cls_token"]
     if model.config.encoder.startswith("swin"):
         exempt += ["mask_token"]
@@ -776,14 +755,14 @@ def param_groups(model, recipe):
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        layer = depth + 1
+        layer = sum(depths) + 1
         if found := re.match(r"encoder\.(?:layers\.(\d)\.)?(?:blocks\.(\d+)|downsample)", name):
-            before = sum(model.config.depths[: int(found[1] or 0)])
-            last = model.config.depths[int(found[1] or 0)] - 1
-            layer = 1 + before + int(found[2] or last)
+            stage = int(found[1] or 0)
+            block = int(found[2] or depths[stage] - 1)  # downsampling: with its stage's last block
+            layer = 1 + sum(depths[:stage]) + block
         elif name.startswith("encoder.") and not name.startswith("encoder.norm"):
             layer = 0
-        scale = recipe["layer_decay"] ** (depth + 1 - layer)
+        scale = recipe["layer_decay"] ** (sum(depths) + 1 - layer)
         decays = p.ndim > 1 and not name.endswith(tuple(exempt))
         groups.setdefault((scale, decays), []).append(p)
     return [
@@ -806,8 +785,7 @@ def resize_bias_table(table, rows):
     half, reach = old // 2, new // 2
     grids = table[: old * old].double().T.reshape(-1, old, old)
     if half < 2:  # too small for a spline
-        size = (new, new)
-        grids = F.interpolate(grids[None], size=size, mode="bilinear", align_corners=True)[0]
+        grids = F.interpolate(grids[None], size=new, mode="bilinear", align_corners=True)[0]
     else:
         low, high = 1.01, 1.5
         while high - low > 1e-6:  # no closer than released

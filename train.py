@@ -24,13 +24,14 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs in one folder are the user's care
-    fcntl = None
+    import resource
+except ImportError:  # Windows: runs in one folder are the user's care, memory is not measured
+    fcntl = resource = None
 
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import coco
@@ -95,15 +96,16 @@ def parse_args(argv):
             parser.error(f"--{name.replace('_', '-')} {value}: give a number above 0, below 1e9")
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed {args.seed}: give 0 or more, below 2**63")
+    args.trains = not (args.eval_only or args.predict)  # else it answers, in full precision
     return args
 
 
-def parse_value(text, old):
+def parse_value(name, text, old):
     if isinstance(old, bool):
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     if isinstance(old, int | float):
         return type(old)(text)
-    if text in ("cosine", "poly") or (isinstance(old, str) and not text[0].isdigit()):
+    if name == "schedule" and text.isalpha() or (isinstance(old, str) and not text[0].isdigit()):
         return text
     return tuple(float(x) if "." in x else int(x) for x in text.split(",") if x)
 
@@ -119,10 +121,11 @@ def override(settings, *tables, where="--set"):
             advice = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
             raise DataError(f"{where} {setting}: give FIELD=VALUE; {advice}")
         try:
-            table[name] = parse_value(text, table[name])
+            table[name] = parse_value(name, text, table[name])
         except (ValueError, KeyError, IndexError):
             now = f"{name} is now {table[name]!r}, give a value like it"
             raise DataError(f"{where} {setting}: {now}") from None
+        check_numbers({name: table[name]}, where)
 
 
 def as_settings(table):
@@ -149,15 +152,12 @@ def settings(args, path, saved):
     config = dataclasses.asdict(module.CONFIGS[args.variant])
     # As if given by --set: a file has no more rights than a command line.
     override(as_settings(saved.get("config", {})), config, where=f"{path}:")
-    check_numbers(config, f"{path}:")
     override([s for s in args.set if s.partition("=")[0] in config], config)
     args.recipe = recipe_of(module, args.variant, config)
     override(as_settings(saved.get("recipe", {})), args.recipe, where=f"{path}:")
-    check_numbers(args.recipe, f"{path}:")
     override(args.set, config, args.recipe)
     if "img_size" in config:
         args.recipe["sizes"] = (config["img_size"],)
-    check_numbers(config | args.recipe)
     return config
 
 
@@ -178,17 +178,16 @@ def check_numbers(table, where="--set"):
 
 def choose_out(args):
     """--out, or runs/MODEL-VARIANT[-N]: the newest one to read from, a free one to write into."""
-    trains = not (args.eval_only or args.predict or args.benchmark)
     if args.out or isinstance(args.resume, str):
         out = Path(args.out or Path(args.resume).parent)
         last = (out / "last.pt").resolve()
         goes_on = args.resume is True or args.resume and Path(args.resume).resolve() == last
-        if trains and not goes_on and holds_run(out):
+        if args.trains and not (args.benchmark or goes_on) and holds_run(out):
             to = "--out: its last.pt would be lost" if args.resume else "--resume, or another --out"
             raise DataError(f"{out} holds a run; give {to}")
         return out
     first = Path(f"runs/{args.model}-{args.variant}")
-    if args.resume or (args.eval_only or args.predict) and not args.init:
+    if args.resume or not (args.trains or args.init):
         name = re.compile(re.escape(first.name) + r"(-\d+)?")
         saved = [f for f in first.parent.glob("*/last.pt") if name.fullmatch(f.parent.name)]
         return max(saved, key=os.path.getmtime, default=first / "last.pt").parent
@@ -238,17 +237,16 @@ def choose_device(name, local_rank):
 def bf16_pays(device):
     """bfloat16 is faster on GPUs that compute in it, and on some CPUs."""
     if device.type == "cpu":
-        if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.6
-            return False
-        return torch.cpu.get_capabilities().get("avx512_bf16", False)
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.6 tells nothing
+        return capabilities().get("avx512_bf16", False)
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def keep_freed_memory():
     """Have glibc keep the memory of freed tensors for the next ones: new pages cost time.
 
-    A fifth of PVT-tiny's forward pass on a CPU. The price: memory in pieces is not given back
-    either. Without glibc (macOS, Windows, musl) nothing happens.
+    A fifth of PVT-tiny's forward pass on a CPU. The price: the process keeps the most memory it
+    ever had. Without glibc (macOS, Windows, musl) nothing happens.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -263,9 +261,8 @@ def settle(args):
     args.device = choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     if args.device.type == "cpu":
         keep_freed_memory()
-    trains = not (args.eval_only or args.predict)  # what only answers does so in full precision
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = trains
-    args.amp = args.amp or ("bf16" if trains and bf16_pays(args.device) else "off")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.trains
+    args.amp = args.amp or ("bf16" if args.trains and bf16_pays(args.device) else "off")
     if args.workers is None:
         share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.workers = min(8, share) if args.device.type == "cuda" else 0
@@ -330,7 +327,7 @@ def starting_point(args):
     path, best = args.init, args.out / "best.pt"
     if args.resume:
         path = args.resume = args.out / "last.pt" if args.resume is True else args.resume
-    elif not path and (args.eval_only or args.predict):
+    elif not (path or args.trains):
         path = best if best.exists() else args.out / "last.pt"
     data = read_checkpoint(path) if path else {}
     own = data.get("name") == args.model
@@ -339,7 +336,7 @@ def starting_point(args):
     elif args.resume:
         other = f"give --model {data['name']}" if "name" in data else "start from it with --init"
         raise DataError(f"{path}: not a run of {args.model}; {other}")
-    continues = own and (args.resume or args.eval_only or args.predict)
+    continues = own and (args.resume or not args.trains)
     return path, data, data if continues else {}
 
 
@@ -429,10 +426,10 @@ def ignore_interrupt(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def make_loader(args, dataset, **kwargs):
+def make_loader(args, dataset, sampler, **kwargs):
     kwargs |= dict(num_workers=args.workers, worker_init_fn=ignore_interrupt)
-    kwargs |= dict(pin_memory=args.device.type == "cuda")
-    return DataLoader(dataset, collate_fn=coco.collate, **kwargs)
+    kwargs |= dict(pin_memory=args.device.type == "cuda", collate_fn=coco.collate)
+    return DataLoader(dataset, args.batch_size, sampler=sampler, **kwargs)
 
 
 def to_device(batch, device):
@@ -461,7 +458,7 @@ def evaluate(args, net, dataset, tag):
     place = {dataset.images[i]["id"]: n for n, i in enumerate(order)}
     mine = order[args.rank :: args.world]
     shown = sorted(mine)[:8]
-    for batch in make_loader(args, Subset(dataset, mine), batch_size=args.batch_size):
+    for batch in make_loader(args, dataset, mine):
         images, targets = to_device(batch, args.device)
         sizes, ids = [t["size"] for t in targets], [f"image {t['image_id']}" for t in targets]
         outputs = answers(args, net, images, sizes, ids)
@@ -481,8 +478,8 @@ def evaluate(args, net, dataset, tag):
         write_json(detections_file(args), results)
     if drawn:
         coco.save_pictures(args.out / f"{tag}.png", comparison(dataset, drawn))
-    by_size = ("APs", "APm", "APl")
-    line = "  ".join(f"{k} {n_a(v)}" for k, v in metrics.items() if not k.endswith(by_size))
+    overall = {k: v for k, v in metrics.items() if not k.endswith(coco.METRICS[3:])}
+    line = "  ".join(f"{k} {n_a(v)}" for k, v in overall.items())
     print(f"{tag}  {line}  ({len(dataset)} images, {duration(time.time() - began)})", flush=True)
     return metrics
 
@@ -593,8 +590,9 @@ def check_finite(step, norm, parts, grads):
         if bad := [name for name, loss in losses.items() if not loss.isfinite()]:
             images = ", ".join(map(str, ids))
             raise not_finite(step, f"{', '.join(bad)} is not finite on images {images}")
-    bad = [name.removeprefix("module.") for name, g in grads.items() if not g.isfinite().all()]
+    bad = [name for name, g in grads.items() if not g.isfinite().all()]
     whose = ", ".join(bad[:3]) or "all parameters together"
+    whose = re.sub(r"\b(module|_orig_mod)\.", "", whose)  # DistributedDataParallel's and compile's
     seen = " (another process may name the images)" if dist.is_initialized() else ""
     raise not_finite(step, f"the gradient of {whose} is not finite{seen}")
 
@@ -638,11 +636,10 @@ def start(args, net, saved, dataset):
         net.prepare([dataset[i, i][0] for i in range(min(256, len(dataset)))])
     groups = MODELS[args.model].param_groups(net, args.recipe)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    args.began, args.evaluated, step, best = time.time(), 0, 0, -math.inf
+    args.began, args.evaluated = time.time() - saved.get("seconds", 0), saved.get("evaluated", 0)
+    step, best = saved.get("step", 0), saved.get("best", -math.inf)
     if saved:
         load_optimizer(optimizer, args.resume, saved["optimizer"].get("state"))
-        args.began, step, best = args.began - saved["seconds"], saved["step"], saved["best"]
-        args.evaluated = saved["evaluated"]
         say(args, f"resuming after step {step}")
         if step >= args.steps:
             how = "with --init and another --out" if step >= args.total_steps else "by more --steps"
@@ -650,10 +647,10 @@ def start(args, net, saved, dataset):
     model = torch.compile(net) if args.compile else net
     if args.world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
-    size, share = args.batch_size, args.batch_size * args.accumulate  # of this process in a step
+    share = args.batch_size * args.accumulate  # of this process in a step
     order = coco.batches(dataset, share, step, args.steps, args.seed, args.rank, args.world)
-    parts = (batch[i : i + size] for batch in order for i in range(0, share, size))
-    return model, optimizer, iter(make_loader(args, dataset, batch_sampler=parts)), step, best
+    batches = iter(make_loader(args, dataset, itertools.chain.from_iterable(order)))
+    return model, optimizer, batches, step, best
 
 
 def listen(args):
@@ -682,8 +679,7 @@ def train(args, net, saved, dataset, held_out):
     trim_log(args, first)
     interrupted, metrics = listen(args), None
     if again:
-        metrics = evaluate(args, net, held_out, f"epoch-{first / args.per_epoch:06.2f}")
-        best = keep_best(args, net, optimizer, first, best, metrics)
+        metrics, best = judge(args, net, optimizer, held_out, first, best)
     shown, clock, written = first, time.time(), time.time()
     for step in range(first, args.steps):
         losses = train_step(args, model, optimizer, batches, step)
@@ -700,8 +696,7 @@ def train(args, net, saved, dataset, held_out):
         if stops:
             leave(args, done)
         if evaluates:
-            metrics = evaluate(args, net, held_out, f"epoch-{done / args.per_epoch:06.2f}")
-            best = keep_best(args, net, optimizer, done, best, metrics)
+            metrics, best = judge(args, net, optimizer, held_out, done, best)
             save_run(args, net, optimizer, done, best)
             shown, clock = done, time.time()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -713,7 +708,7 @@ def trim_log(args, step):
     if args.rank:
         return
     path, kept = args.out / "log.jsonl", []
-    for line in path.read_bytes().splitlines() if step and path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a full disk leaves half a line
             about = json.loads(line)
             if about["step"] <= (step if "lr" in about else args.evaluated):
@@ -744,19 +739,20 @@ def list_skipped(args):
         say(args, "\n  ".join([about, *skipped]))
 
 
-def keep_best(args, net, optimizer, step, best, metrics):
-    """Log an evaluation; write result.json, and best.pt if the first metric beats the best."""
+def judge(args, net, optimizer, held_out, step, best):
+    """Evaluate; log it, write result.json, and best.pt if the first metric beats the best."""
+    metrics = evaluate(args, net, held_out, f"epoch-{step / args.per_epoch:06.2f}")
     args.evaluated = step
     if args.rank:
-        return best
+        return metrics, best
     log_line(args, step=step, epoch=step / args.per_epoch, **metrics)
     run = dict(seed=args.seed, config=dataclasses.asdict(net.config), command=" ".join(sys.argv))
     run |= dict(images_seen=step * args.total_batch, steps=step, seconds=time.time() - args.began)
     write_json(args.out / "result.json", metrics | run)
-    score = next(iter(metrics.values()))
-    if score > best:
-        save_run(args, net, optimizer, step, score, "best.pt")
-    return score if score > best else best
+    if (score := next(iter(metrics.values()))) > best:
+        best = score
+        save_run(args, net, optimizer, step, best, "best.pt")
+    return metrics, best
 
 
 def save_run(args, net, optimizer, step, best, name="last.pt"):
@@ -768,8 +764,7 @@ def save_run(args, net, optimizer, step, best, name="last.pt"):
     data = dict(name=args.model, variant=args.variant, seed=args.seed, classes=args.classes)
     data |= dict(model=net.state_dict(), optimizer=optimizer.state_dict(), step=step, best=best)
     data |= dict(config=dataclasses.asdict(net.config), recipe=args.recipe, plan=args.plan)
-    data |= dict(images_seen=step * args.total_batch, seconds=time.time() - args.began)
-    data |= dict(evaluated=args.evaluated)  # the step after which the last evaluation was
+    data |= dict(seconds=time.time() - args.began, evaluated=args.evaluated)  # when judged last
     write_whole(args.out / name, lambda file: torch.save(data, file))
 
 
@@ -1004,9 +999,7 @@ def peak_memory(device):
     """Most memory used, in GiB: of the GPU, or of this process; nan where nobody tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
+    if resource is None:
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
@@ -1053,7 +1046,7 @@ def prepare(args):
         args.classes = held_out.classes
     net = make_net(args, config, len(args.classes))
     if path:
-        load_weights(net, args, path, data, exact=bool(saved or args.predict))
+        load_weights(net, args, path, data, exact=saved or args.predict)
     return net, saved, dataset, held_out
 
 
@@ -1067,10 +1060,10 @@ def read_data(args, config, classes):
     task = getattr(MODELS[args.model].Config(**config), "task", "detect")
     if task not in coco.DATASETS:
         raise DataError(f"--set task={task}: give pretrain or classify")
-    if not (args.eval_only or args.predict):
+    if args.trains:
         transform = coco.Transform(args.recipe, True, task)
         dataset = coco.DATASETS[task](root, "train", transform, args.limit, classes)
-        if classes and task != "pretrain" and not dataset.same_classes:
+        if not dataset.same_classes:
             advice = "give the same --data, or start from its weights with --init"
             raise DataError(f"{dataset.file}: other categories than those of the run; {advice}")
         classes = dataset.classes
@@ -1138,8 +1131,8 @@ def explain(error):
     if isinstance(error, DataError | OSError):  # a loader process puts its traceback first
         return lines[-1].rpartition("coco.DataError: ")[2]
     said = "out of memory" if isinstance(error, MemoryError) else lines[0]
-    hints = (hint for text, hint in HINTS.items() if re.search(text, said))
-    return next((f"{hint} ({lines[0]})" for hint in hints), None)
+    hints = (f"{hint} ({lines[0]})" for text, hint in HINTS.items() if re.search(text, said))
+    return next(hints, None)
 
 
 def main(argv=None):

@@ -15,7 +15,6 @@ same matching and losses, but a decoder of its own.
 """
 
 import math
-import re
 from dataclasses import dataclass
 from functools import partial
 
@@ -148,6 +147,8 @@ class ConvStem(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
+        if dim < 8:
+            raise ValueError(f"stem=conv needs a width of 8 or more, not {dim}")
         widths = [3, dim // 8, dim // 4, dim // 2, dim]
         self.proj = nn.ModuleList(
             nn.Sequential(
@@ -234,8 +235,6 @@ class Backbone(nn.Module):
             raise ValueError("give det_tokens of 1 or more, and position grids like 50,84")
         if c.reference_points and c.pos_grid[0] != c.pos_grid[1]:
             raise ValueError("reference_points need a square pos_grid")
-        if c.stem == "conv" and c.embed_dim < 8:
-            raise ValueError("stem=conv needs an embed_dim of 8 or more")
         conv = c.stem == "conv"
         self.patch_embed = ConvStem(c.embed_dim) if conv else PatchEmbed(c.embed_dim, c.patch)
         self.cls_token = nn.Parameter(trunc_normal(1, 1, c.embed_dim))
@@ -260,7 +259,7 @@ class Backbone(nn.Module):
         Returns the encoded [DET] tokens (B, Q, C) and patches (B, H/p, W/p, C).
         """
         c, B = self.config, len(x)
-        rows, columns = (max(sides) for sides in zip(*grids, strict=True))
+        rows, columns = map(max, zip(*grids, strict=True))
         x = self.patch_embed(x)
         x = (x[-1] if c.stem == "conv" else x)[:, :, :rows, :columns]  # (B, C, H/p, W/p)
         x = x.flatten(2).transpose(1, 2)  # (B, N, C)
@@ -272,8 +271,7 @@ class Backbone(nn.Module):
             between = [*positions_for(table, c.mid_pos_grid, grids), 0]
         mask = real_tokens(grids, c.det_tokens, x.device)
         for block, position in zip(self.blocks, between, strict=True):
-            recompute = c.checkpoint and torch.is_grad_enabled()
-            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            run = partial(checkpoint, block, use_reentrant=False) if c.checkpoint else block
             x = run(x, mask) + position
         x = self.norm(x)
         return x[:, -c.det_tokens :], x[:, 1 : -c.det_tokens].unflatten(1, (rows, columns))
@@ -292,7 +290,7 @@ def real_tokens(grids, det_tokens, device):
     """
     if len(set(grids)) == 1:
         return None
-    rows, columns = (max(sides) for sides in zip(*grids, strict=True))
+    rows, columns = map(max, zip(*grids, strict=True))
     mask = torch.zeros(len(grids), rows, columns, dtype=torch.bool, device=device)
     for image_mask, (h, w) in zip(mask, grids, strict=True):
         image_mask[:h, :w] = True
@@ -302,12 +300,13 @@ def real_tokens(grids, det_tokens, device):
 def positions_for(table, old_hw, grids):
     """Tables (L, 1 + h * w + Q, C) of grid old_hw, resized to each image: (L, B, 1 + N + Q, C).
 
+    Where all images have one grid, B is 1.
     Differs: the released code resizes once, to the grid of the padded batch, and not at all if that
     has as many patches as the table, whatever its shape; here each image has its own grid.
     """
     n = math.prod(old_hw)
     first, patches, det = table[:, :1], table[:, 1 : 1 + n], table[:, 1 + n :]
-    rows, columns = (max(sides) for sides in zip(*grids, strict=True))
+    rows, columns = map(max, zip(*grids, strict=True))
     tables = []
     for h, w in set(grids) if len(set(grids)) == 1 else grids:
         grid = resize_grid(patches, old_hw, (h, w)).unflatten(1, (h, w))  # (L, h, w, C)
@@ -337,7 +336,7 @@ def grid_points(rows, columns):
     """Centres (rows * columns, 2) of the cells of a grid over an image, x and y as shares of it."""
     y = (torch.arange(rows) + 0.5) / rows
     x = (torch.arange(columns) + 0.5) / columns
-    return torch.stack([x.expand(rows, -1), y[:, None].expand(-1, columns)], dim=2).flatten(0, 1)
+    return torch.cartesian_prod(y, x).flip(1)  # row by row
 
 
 def spread_points(count):
@@ -429,7 +428,7 @@ def over_processes(counts):
     return counts
 
 
-class MLP(nn.Module):
+class ThreeLayerMlp(nn.Module):
     """Three linear layers with ReLU between (DETR, arXiv:2005.12872, Sec. 3.2)."""
 
     def __init__(self, dim, out):
@@ -477,10 +476,9 @@ class YOLOS(nn.Module):
     def __init__(self, config, num_classes):
         super().__init__()
         c = self.config = config
-        self.num_classes = num_classes
         self.backbone = Backbone(c)
-        self.class_embed = MLP(c.embed_dim, num_classes + 1)  # the last class: no object
-        self.bbox_embed = MLP(c.embed_dim, 4)
+        self.class_embed = ThreeLayerMlp(c.embed_dim, num_classes + 1)  # the last class: no object
+        self.bbox_embed = ThreeLayerMlp(c.embed_dim, 4)
 
     def forward(self, images, targets=None, sizes=None):
         """Losses if there are targets, else detections.
@@ -598,7 +596,7 @@ def specialisation(tokens, boxes_norm, labels):
     def share(x, tokens):
         joint = torch.zeros(int(x.max()) + 1, int(tokens.max()) + 1, dtype=torch.float64)
         joint.index_put_((x, tokens), joint.new_tensor(1 / len(x)), accumulate=True)
-        entropies = (-torch.xlogy(p, p).sum() for p in (joint.sum(1), joint.sum(0), joint))
+        entropies = (torch.special.entr(p).sum() for p in (joint.sum(1), joint.sum(0), joint))
         h_x, h_token, h_both = entropies
         return ((h_x + h_token - h_both) / h_x.clamp(min=1e-9)).item()
 
@@ -624,9 +622,8 @@ def param_groups(model, recipe):
 
 
 # COCO's 80 category ids among 1..90, in the order of labels 0..79.
-UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 # Differs: rows no category uses are dropped, so they have no part in the softmax of the scores.
-COCO_IDS = [i for i in range(1, 91) if i not in UNUSED_IDS]
+COCO_IDS = [i for i in range(1, 91) if i not in {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}]
 
 
 def plain_blocks(state):
@@ -638,7 +635,7 @@ def plain_blocks(state):
     state = dict(state)
     for key in [key for key in state if key.endswith(("gamma_1", "gamma_2"))]:
         scale = state.pop(key)
-        name = re.sub("gamma_[12]$", "attn.proj" if key.endswith("1") else "mlp.fc2", key)
+        name = key.replace("gamma_1", "attn.proj").replace("gamma_2", "mlp.fc2")
         state[f"{name}.weight"] = state[f"{name}.weight"] * scale[:, None]
         state[f"{name}.bias"] = state[f"{name}.bias"] * scale
     for key in [key for key in state if key.endswith("attn.q_bias")]:
@@ -695,9 +692,8 @@ def build(config, num_classes):
 if __name__ == "__main__":
     torch.manual_seed(0)
     model, image = build("nano", num_classes=6).eval(), torch.rand(3, 128, 160)
-    target = dict(
-        boxes=torch.tensor([[20.0, 30, 60, 80], [90, 40, 150, 110]]), labels=torch.tensor([0, 3])
-    )
+    boxes = torch.tensor([[20.0, 30, 60, 80], [90, 40, 150, 110]])
+    target = dict(boxes=boxes, labels=torch.tensor([0, 3]))
     with torch.no_grad():
         x, sizes = pad_batch([image], 16)
         grids = token_grids(sizes)
@@ -711,14 +707,12 @@ if __name__ == "__main__":
             ("boxes", boxes_norm, "centre, width and height as shares of the image"),
             ("attention", model.attention(image), "token, head: where they look in the last block"),
         ]
-        wanted = [target | dict(boxes_norm=normalise_boxes(target["boxes"], sizes[0]))]
+        wanted = [target | dict(boxes_norm=normalise_boxes(boxes, sizes[0]))]
         ((query, _),) = hungarian_match(logits, boxes_norm, wanted, model.points(x))
         losses = model([image], [target])
     print(f"YOLOS nano: {sum(p.numel() for p in model.parameters()):,} parameters, not trained")
     for name, x, words in rows:
         print(f"{name:10}{str(tuple(x.shape)):18}{words}")
-    print(
-        f"matching  2 objects go to tokens {query.tolist()}, the other "
-        f"{logits.shape[1] - len(query)} learn: no object"
-    )
+    rest = logits.shape[1] - len(query)
+    print(f"matching  2 objects go to tokens {query.tolist()}, the other {rest} learn: no object")
     print("losses    " + "  ".join(f"{name[5:]} {loss:.2f}" for name, loss in losses.items()))

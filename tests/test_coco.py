@@ -304,9 +304,9 @@ def test_loader_parts_can_be_sent_to_other_processes(shapes):
     again = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(again[3, 5][0], dataset[3, 5][0])
     assert pickle.loads(pickle.dumps(coco.collate)) is coco.collate
-    args = argparse.Namespace(workers=1, device=torch.device("cpu"))
-    spawned = dict(batch_sampler=[[(3, 5)]], multiprocessing_context="spawn")  # as on Windows
-    ((image,), _), *none = make_loader(args, dataset, **spawned)
+    args = argparse.Namespace(workers=1, batch_size=1, device=torch.device("cpu"))
+    loader = make_loader(args, dataset, [(3, 5)], multiprocessing_context="spawn")  # as on Windows
+    ((image,), _), *none = loader
     assert torch.equal(image, dataset[3, 5][0]) and not none
 
 

@@ -133,7 +133,7 @@ def killed(monkeypatch, where, *args):
 @pytest.mark.parametrize("model", SETTINGS)
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(model, shapes, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    step, keep, batches = train.train_step, train.keep_best, "--batch-size 4".split()
+    step, judge, batches = train.train_step, train.judge, "--batch-size 4".split()
 
     def in_step(number):
         return lambda *args: die() if args[-1] == number else step(*args)
@@ -143,7 +143,7 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(model, shapes, tmp_path,
         ([("train.train_step", in_step(3))], 3),
         ([("train.os.replace", die)], 3),
         ([("train.torch.save", lambda data, file: in_the_middle(file, data))], 3),
-        ([("train.keep_best", lambda *args: (keep(*args), die()))], 4),
+        ([("train.judge", lambda *args: (judge(*args), die()))], 4),
     ]
     args = (model, "--data", shapes, "--limit", 24, "--steps", 6, *batches)
     assert run(*args, "--out", whole) == 0
@@ -404,6 +404,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     )
     assert message in one_line(capsys)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+
+
+def test_parameters_are_named_without_what_wraps_them():
+    with pytest.raises(train.DataError, match="the gradient of head.bias is not finite"):
+        grads = {"module._orig_mod.head.bias": torch.tensor(torch.nan)}
+        train.check_finite(1, torch.tensor(torch.nan), [], grads)
 
 
 def test_an_overflow_is_named_in_bf16(finished, shapes, tmp_path, capsys):

@@ -300,6 +300,7 @@ def test_a_malicious_or_foreign_file_is_refused(finished, shapes, tmp_path, caps
             "--set schedule=cosin: give cosine, poly, or parts like 0.75,0.9",
         ),
         (["--set", "crop=none"], "crop is now (), give a value like it"),
+        (["--set", "sizes=cosine"], "sizes is now (), give a value like it"),
         (["--set", "depth=2", "--set", "num_heads=5"], "width 192 cannot be shared by 5 heads"),
         (["--set", "fill=foam"], 'fill must be "conv" or "mask", not "foam"'),
         (["--set", "sample_ratio=25"], "sample_ratio and eval_ratio are shares of the tokens"),
@@ -706,7 +707,10 @@ def test_pictures_drawn_by_a_run_are_not_learned_from(out, tmp_path):
     size = ("--epochs", 2, "--set", *TINY_SIMMIM)
     assert run(*args, *size, "--steps", 1) == 0
     assert run(*args, "--predict", tmp_path / "0.png", tiny=False) == 0
-    assert {file.name[:5] for file in (tmp_path / out).glob("*-*.png")} == {"epoch", "predi"}
+    assert train.main(["--plot", str(tmp_path / out)]) == 0
+    drawn = {file.name[:5] for file in (tmp_path / out).glob("[!0-9]*.png")}
+    assert drawn == {"epoch", "predi", "curve"}
+    PIL.Image.new("RGB", (9, 9)).save(tmp_path / "tokens.png")  # YOLOS's
     assert run(*args, *size, "--resume") == 0
     assert len(coco.find_images(tmp_path)) == 5
 
@@ -784,6 +788,7 @@ def test_impossible_settings_of_simmim_are_answered_in_one_line(setting, shapes,
     ("model", "setting", "why"),
     [
         ("mimdet", "decoder_dim=130", "width 130 is no multiple of 4"),
+        ("mimdet", "embed_dim=4", "stem=conv needs a width of 8 or more, not 4"),
         ("yolos", "embed_dim=130", "width 130 is no multiple of 4"),
         ("simmim", "embed_dim=130", "width 130 is no multiple of 4"),
         ("simmim", "mask_patch=0", "clusters and window: 1 or more"),
