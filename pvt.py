@@ -518,15 +518,17 @@ def smallest_cover(points_norm, boxes_norm):
     return index.masked_fill(area == 2, -1)
 
 
-def cover_pairs(grids, targets, device):
-    """Which patch should find what: the smallest object over it, in images of grids (h, w).
+def cover_pairs(grids, sizes, patch, targets, device):
+    """Which patch should find what: the smallest object over its centre.
 
-    Returns the patches' points (N, 2), those of all images in one row, and (patch ids, object ids)
-    of those under an object; both count through the batch.
+    grids: (h, w) patches of each image; sizes: its (h, w) pixels, which they may not cover whole,
+    or reach beyond. Returns the patches' points (N, 2), those of all images in one row, and (patch
+    ids, object ids) of those under an object; both count through the batch.
     """
     points, items, count = [], [], 0
-    for (h, w), target in zip(grids, targets, strict=True):
-        points.append(grid_points(h, w).to(device))
+    for (h, w), (height, width), target in zip(grids, sizes, targets, strict=True):
+        reach = torch.tensor([w * patch / width, h * patch / height])  # of the grid, in images
+        points.append((grid_points(h, w) * reach).clamp(max=0.999).to(device))
         item = smallest_cover(points[-1], target["boxes_norm"])
         items.append(torch.where(item < 0, item, item + count))
         count += len(target["labels"])
@@ -841,7 +843,7 @@ class DETR(nn.Module):
         grids = [(math.ceil(h / 32), math.ceil(w / 32)) for h, w in sizes]
         real = zip(patches, grids, strict=True)  # without padding, as if they were one image
         tokens = torch.cat([image_patches[:h, :w].flatten(0, 1) for image_patches, (h, w) in real])
-        points, pairs = cover_pairs(grids, targets, tokens.device)
+        points, pairs = cover_pairs(grids, sizes, 32, targets, tokens.device)
         targets = {key: torch.cat([t[key] for t in targets]) for key in targets[0]}
         found = self.heads(self.norm(tokens[None]), points if self.has_points else None)
         return set_losses(*found, [targets], [pairs], 1.0, len(pairs[0]))

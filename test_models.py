@@ -556,6 +556,18 @@ def test_patches_answer_for_the_smallest_object_over_them():
     assert yolos.smallest_cover(yolos.grid_points(2, 2), boxes[:0]).tolist() == [-1] * 4
 
 
+def test_patches_have_their_places_in_images_they_do_not_fill():
+    target = dict(labels=torch.tensor([0]), boxes_norm=torch.tensor([[0.8, 0.6, 0.2, 0.2]]))
+    for grid, found in ((2, 3), [5]), ((3, 4), [6]):  # of 40 x 50 pixels: too few patches, too many
+        points, (patch, item) = yolos.cover_pairs([grid], [(40, 50)], 16, [target], "cpu")
+        centres = [
+            (min(0.999, x / 50), min(0.999, y / 40)) for y in (8, 24, 40) for x in (8, 24, 40, 56)
+        ]
+        inside = [i for i in range(12) if i // 4 < grid[0] and i % 4 < grid[1]]
+        assert torch.allclose(points, torch.tensor([centres[i] for i in inside]))
+        assert patch.tolist() == found and item.tolist() == [0]
+
+
 @torch.no_grad()
 def test_padding_changes_no_loss_of_plain_yolos():
     model = yolos_model(**PLAIN | dict(patch_loss=1.0))

@@ -372,15 +372,17 @@ def smallest_cover(points_norm, boxes_norm):
     return index.masked_fill(area == 2, -1)
 
 
-def cover_pairs(grids, targets, device):
-    """Which patch should find what: the smallest object over it, in images of grids (h, w).
+def cover_pairs(grids, sizes, patch, targets, device):
+    """Which patch should find what: the smallest object over its centre.
 
-    Returns the patches' points (N, 2), those of all images in one row, and (patch ids, object ids)
-    of those under an object; both count through the batch.
+    grids: (h, w) patches of each image; sizes: its (h, w) pixels, which they may not cover whole,
+    or reach beyond. Returns the patches' points (N, 2), those of all images in one row, and (patch
+    ids, object ids) of those under an object; both count through the batch.
     """
     points, items, count = [], [], 0
-    for (h, w), target in zip(grids, targets, strict=True):
-        points.append(grid_points(h, w).to(device))
+    for (h, w), (height, width), target in zip(grids, sizes, targets, strict=True):
+        reach = torch.tensor([w * patch / width, h * patch / height])  # of the grid, in images
+        points.append((grid_points(h, w) * reach).clamp(max=0.999).to(device))
         item = smallest_cover(points[-1], target["boxes_norm"])
         items.append(torch.where(item < 0, item, item + count))
         count += len(target["labels"])
@@ -534,15 +536,15 @@ class YOLOS(nn.Module):
         objects = sum(len(t["labels"]) for t in targets)
         losses = set_losses(*found, targets, pairs, c.no_object_weight, objects)
         if c.patch_loss:
-            for name, loss in self.patch_losses(patches, grids, targets).items():
+            for name, loss in self.patch_losses(patches, grids, sizes, targets).items():
                 losses[name.replace("loss_", "loss_patch_")] = c.patch_loss * loss
         return losses
 
-    def patch_losses(self, patches, grids, targets):
+    def patch_losses(self, patches, grids, sizes, targets):
         """The same losses for each patch, which should find the smallest object that covers it."""
         real = zip(patches, grids, strict=True)  # without padding, as if they were one image
         tokens = torch.cat([image_patches[:h, :w].flatten(0, 1) for image_patches, (h, w) in real])
-        points, pairs = cover_pairs(grids, targets, tokens.device)
+        points, pairs = cover_pairs(grids, sizes, self.config.patch, targets, tokens.device)
         targets = {key: torch.cat([t[key] for t in targets]) for key in targets[0]}
         found = self.heads(tokens[None], points if self.config.reference_points else None)
         return set_losses(*found, [targets], [pairs], 1.0, len(pairs[0]))
