@@ -764,7 +764,8 @@ def save_run(args, net, optimizer, step, best, name="last.pt"):
     data = dict(name=args.model, variant=args.variant, seed=args.seed, classes=args.classes)
     data |= dict(model=net.state_dict(), optimizer=optimizer.state_dict(), step=step, best=best)
     data |= dict(config=dataclasses.asdict(net.config), recipe=args.recipe, plan=args.plan)
-    data |= dict(seconds=time.time() - args.began, evaluated=args.evaluated)  # when judged last
+    data |= dict(seconds=time.time() - args.began)
+    data |= dict(evaluated=args.evaluated)  # the step after which the last evaluation was
     write_whole(args.out / name, lambda file: torch.save(data, file))
 
 
