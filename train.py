@@ -1121,6 +1121,8 @@ HINTS = {  # what torch says -> what to do
     "CxxCompiler|Compiler: .* not found|find C compiler": "--compile needs a C++ compiler; install "
     "one or leave it out",
     "closed by peer": "another process ended; what it says counts",
+    "environment variable .* expected": "several processes are started by torchrun; else unset "
+    "WORLD_SIZE",
 }
 
 

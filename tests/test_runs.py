@@ -477,6 +477,12 @@ def test_what_torch_says_of_the_users_machine_is_explained(
     assert hint in (error := one_line(capsys)) and said in error
 
 
+def test_half_of_a_torchrun_environment_is_explained(shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("yolos", "--data", shapes, "--out", tmp_path, "--steps", 1) == 2
+    assert "started by torchrun" in one_line(capsys)
+
+
 @pytest.mark.parametrize("said", ["shapes do not match", "Caught KeyError in DataLoader worker"])
 def test_a_bug_keeps_its_traceback(said, shapes, tmp_path, monkeypatch):
     def bug(*_):
