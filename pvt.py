@@ -1104,12 +1104,16 @@ RENAMES = [
 def from_official(state_dict, config=CONFIGS["tiny"]):
     """Checkpoint of the authors in this file's names.
 
-    Reads classifiers of PVT and PVT v2 (with another head only their stages are kept), and the
-    RetinaNet and Semantic FPN files trained with MMDetection and MMSegmentation.
+    Reads classifiers of PVT and PVT v2, and the RetinaNet and Semantic FPN files trained with
+    MMDetection and MMSegmentation; with another head than the file's only its stages are kept.
     """
     state = {}
     for key in ("state_dict", "model"):
         state_dict = state_dict.get(key, state_dict)
+    others = dict(retinanet="bbox_head.", semantic="decode_head.")
+    others.pop(config.head, None)
+    if any(key.startswith(tuple(others.values())) for key in state_dict):  # of other levels
+        state_dict = {k: v for k, v in state_dict.items() if k.startswith("backbone.")}
     for key, value in state_dict.items():
         for pattern, name in RENAMES:
             key = re.sub(pattern, name, key)

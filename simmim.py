@@ -73,9 +73,9 @@ CONFIGS = {  # with the parameters in pre-training
     "swin_large": Config(embed_dim=192, num_heads=(6, 12, 24, 48), window=12,
                          **SWIN),  # 199,881,204
     "swinv2_h": Config(embed_dim=352, num_heads=(11, 22, 44, 88), window=12,
-                       **SWIN | dict(encoder="swin_v2")),
+                       **SWIN | dict(encoder="swin_v2")),  # 663,898,186
     "swinv2_g": Config(embed_dim=512, num_heads=(16, 32, 64, 128), window=12,
-                       **SWIN | dict(encoder="swin_v2", depths=(2, 2, 42, 4))),
+                       **SWIN | dict(encoder="swin_v2", depths=(2, 2, 42, 4))),  # 3,010,506,976
 }
 PAPER = dict(
     lr=4e-4, batch_size=2048, layer_decay=1.0, weight_decay=0.05, clip=5.0, epochs=800,
@@ -226,7 +226,8 @@ def draw_mask(kind, cells, ratio, generator, side=16):
     if kind == "random":
         mask.view(-1)[torch.randperm(h * w, generator=generator)[:wanted]] = True
     elif kind == "square":
-        length = min(h, w, max(1, round(math.sqrt(wanted))))
+        most = min(h, w) - (h == w > 1 and ratio < 1)  # or nothing would be left to see
+        length = min(most, max(1, round(math.sqrt(wanted))))
         y, x = draw(0, h - length), draw(0, w - length)
         mask[y : y + length, x : x + length] = True
     elif kind == "block":
@@ -436,9 +437,12 @@ class Swin(nn.Module):
             dim, side = c.embed_dim * 2**s, c.img_size // (c.patch * 2**s)
             if heads < 1 or dim % heads:
                 raise ValueError(f"width {dim} cannot be shared by {heads} heads")
+            window = min(c.window, side)
+            if side % window:  # torchvision would pad the map and attend to the padding
+                raise ValueError(f"a map of {side} x {side} is no multiple of window={window}")
             rates = [c.drop_path * (index + j) / total for j in range(depth)]
             index += depth
-            stage = swin_stage(dim, heads, min(c.window, side), rates, v2)
+            stage = swin_stage(dim, heads, window, rates, v2)
             downsample = merging(dim) if s < len(c.depths) - 1 else nn.Identity()
             self.layers.append(nn.ModuleDict({"blocks": stage, "downsample": downsample}))
         self.norm = nn.LayerNorm(self.width)

@@ -979,6 +979,19 @@ def test_masks_hide_their_share(kind, ratio, cells):
             assert mask.sum() == wanted
 
 
+@pytest.mark.parametrize("side", [2, 4, 7])
+def test_a_large_square_leaves_something_to_see(side):
+    assert simmim.draw_mask("square", (side, side), 0.9, None).sum() == (side - 1) ** 2
+    assert simmim.draw_mask("square", (side, side), 1.0, None).all()
+
+
+def test_windows_have_to_divide_their_maps():
+    with torch.device("meta"):
+        simmim.build(replace(simmim.CONFIGS["swin_base"], img_size=96), 1)  # maps 24 12 6 3
+        with pytest.raises(ValueError, match="a map of 56 x 56 is no multiple of window=6"):
+            simmim.build(replace(simmim.CONFIGS["swin_base"], img_size=224), 1)
+
+
 def test_a_classifier_has_no_mask_to_divide_its_pictures():
     with torch.device("meta"):
         simmim.build(replace(simmim.CONFIGS["vit_base"], task="classify", img_size=336), 3)
@@ -1282,6 +1295,20 @@ def test_another_number_of_tokens_keeps_the_places_of_the_patches(number):
         assert torch.equal(kept[..., :-number, :], table[..., : -config.det_tokens, :])
 
 
+def test_another_position_grid_is_resized_the_tokens_kept():
+    config = replace(TINY_YOLOS, **PLAIN)  # grids of 4 x 4 and, between the blocks, 4 x 6
+    source = yolos.build(replace(config, mid_pos_grid=(32, 54)), 3).state_dict()
+    state = yolos.from_official(source, replace(config, pos_grid=(6, 8), mid_pos_grid=(5, 5)))
+    assert state.keys() == source.keys()
+    for name, old, new in (("pos_embed", (4, 4), (6, 8)), ("mid_pos_embed", (32, 54), (5, 5))):
+        was, now = source[f"backbone.{name}"][-1], state[f"backbone.{name}"][-1]
+        was, now = was.view(-1, config.embed_dim), now.view(-1, config.embed_dim)
+        assert torch.equal(now[0], was[0]) and torch.equal(now[-7:], was[-7:])
+        patches = was[1:-7].T.unflatten(1, old)[None]
+        patches = torch.nn.functional.interpolate(patches, new, mode="bicubic")[0].flatten(1).T
+        torch.testing.assert_close(now[1:-7], patches)
+
+
 def test_an_encoder_goes_from_mimdet_to_yolos(model):
     config = replace(TINY_YOLOS, embed_dim=64)
     detector = yolos.build(config, 3)
@@ -1326,6 +1353,18 @@ def test_released_segmenters_have_a_place_for_every_weight():
         released[re.sub(r"^head\.", "decode_head.", key)] = value
     assert "decode_head.scale_heads.3.4.bn.running_mean" in released
     model.load_state_dict(pvt.from_official({"state_dict": released}, model.config))
+    for head in ("retinanet", "detr"):  # the same names, but maps of other strides
+        stages = pvt.from_official({"state_dict": released}, replace(model.config, head=head))
+        assert stages and all(key.startswith("backbone.") for key in stages)
+
+
+def test_another_heads_pyramid_is_not_taken():
+    """RetinaNet's begins at the second stage, Semantic FPN's at the first, under the same names."""
+    source = pvt_model().state_dict()
+    for prefix in ("head.", "bbox_head."):  # a run of ours, a released file
+        file = {key.replace("head.", prefix): value for key, value in source.items()}
+        stages = pvt.from_official(file, pvt_model("semantic").config)
+        assert stages and all(key.startswith("backbone.") for key in stages)
 
 
 @pytest.mark.parametrize(("old", "new"), [(6, 7), (12, 14), (4, 8), (7, 6), (2, 3), (3, 2)])

@@ -347,8 +347,8 @@ def load_weights(net, args, path, data, exact):
     tensors = [(k, v) for k, v in source.items() if isinstance(v, torch.Tensor)]
     source = {k: v for k, v in tensors if isinstance(k, str) and not v.is_nested}
     own, now = data.get("name") == args.model, dataclasses.asdict(net.config)
-    for field in ("task", "window", "img_size", "det_tokens"):  # tables change with them
-        own = own and data["config"].get(field) == now.get(field)
+    for field in ("task", "window", "img_size", "det_tokens", "pos_grid", "mid_pos_grid", "head"):
+        own = own and data["config"].get(field) == now.get(field)  # else tables change
     with reading(path):
         state = source if own else MODELS[args.model].from_official(source, net.config)
     wanted = net.state_dict()
@@ -370,7 +370,10 @@ def load_weights(net, args, path, data, exact):
             some = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
             say(args, f"  {what}: {len(names)}: {some}")
     if sum(v.numel() for v in fits.values()) < 0.1 * sum(v.numel() for v in wanted.values()):
-        of = f"a run of {data['name']}: " if "name" in data else ""
+        of, shape = "", ("embed_dim", "embed_dims", "depth", "depths", "num_heads", "patch")
+        if "name" in data and isinstance(data.get("config"), dict):
+            had = {k: v for k, v in data["config"].items() if k in shape}
+            of = f"a run of {data['name']} ({' '.join(as_settings(had))}): "
         name = f"{args.model} {args.variant}"
         raise DataError(f"{path}: {of}almost nothing fits {name}; are --variant and --set right?")
     if exact and len({*fits, *built}) < len(wanted):
@@ -599,7 +602,7 @@ def check_finite(step, norm, parts, grads):
 
 def not_finite(step, what):
     advice = "Try a lower --lr, --amp off, or look at the images"
-    return DataError(f"step {step}: {what}; the last checkpoint is kept. {advice}")
+    return DataError(f"step {step}: {what}; what was saved is kept. {advice}")
 
 
 def train_step(args, model, optimizer, batches, step):
@@ -621,7 +624,7 @@ def train_step(args, model, optimizer, batches, step):
         parts.append(({name: loss.detach() for name, loss in losses.items()}, ids))
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm(grads.values())
-    check_finite(step, norm, parts, grads)
+    check_finite(step + 1, norm, parts, grads)
     if args.recipe["clip"]:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), args.recipe["clip"], norm)
     optimizer.step()

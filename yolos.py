@@ -646,14 +646,29 @@ def plain_blocks(state):
     return state
 
 
+def resize_stored(patches, grid):
+    """Positions (..., n, C) that a file holds for patches, on this grid (h, w).
+
+    n tells the file's own grid: this one, a variant's or a square; for another nothing is changed.
+    """
+    n, side = patches.shape[-2], math.isqrt(patches.shape[-2])
+    known = [hw for c in CONFIGS.values() for hw in (c.pos_grid, c.mid_pos_grid) if hw]
+    old = next((hw for hw in (grid, *known, (side, side)) if math.prod(hw) == n), grid)
+    if old == grid:
+        return patches
+    tables = resize_grid(patches.flatten(0, -3), old, grid)
+    return tables.unflatten(0, patches.shape[:-2])
+
+
 def from_official(state_dict, config=CONFIGS["base"], num_classes=80):
     """Checkpoint of the authors, or any plain ViT, in this file's names.
 
     Reads YOLOS's releases, whose class layer has a row for each of COCO's ids 0..90 and one for "no
     object": num_classes=80 keeps those of its 80 categories, 91 all. Reads ViTs named as in timm:
     DeiT, also distilled, MAE, SimMIM's and this project's encoders. Their position table is resized
-    to config.pos_grid; what has no place here (classifiers, distillation token, decoders) is left
-    out, and [DET] tokens begin as if untrained. So they do if a YOLOS has another number of them.
+    to config.pos_grid, and so are a YOLOS's; what has no place here (classifiers, distillation
+    token, decoders) is left out, and [DET] tokens begin as if untrained, as they do in a YOLOS that
+    had another number of them.
     """
     state = state_dict.get("model", state_dict)
     if "backbone.det_token" in state:
@@ -662,13 +677,18 @@ def from_official(state_dict, config=CONFIGS["base"], num_classes=80):
             if num_classes == 80 and len(state.get(key, ())) == 92:
                 state[key] = state[key][[*COCO_IDS, 91]]
         number, (_, known, width) = config.det_tokens, state["backbone.det_token"].shape
-        if number != known and width == config.embed_dim:
-            del state["backbone.det_token"]
-            for key in [key for key in state if key.endswith("pos_embed")]:
-                patches, start = state[key][..., :-known, :], initial_positions(config)
-                if key.endswith("mid_pos_embed"):
-                    start = trunc_normal(*patches.shape[:-2], number, width)
-                state[key] = torch.cat([patches, start[..., -number:, :]], dim=-2)
+        if width == config.embed_dim:
+            start = dict(pos_embed=initial_positions(config)[:, -number:])
+            start |= dict(mid_pos_embed=trunc_normal(config.depth - 1, 1, number, width))
+            grids = dict(pos_embed=config.pos_grid, mid_pos_embed=config.mid_pos_grid)
+            for name, grid in grids.items():
+                if grid and (table := state.get(f"backbone.{name}")) is not None:
+                    first, patches, det = table.split((1, table.shape[-2] - 1 - known, known), -2)
+                    det = det if number == known else start[name]
+                    parts = [first, resize_stored(patches, grid), det]
+                    state[f"backbone.{name}"] = torch.cat(parts, dim=-2)
+            if number != known:
+                del state["backbone.det_token"]
         return state
     vit = {key.removeprefix("encoder."): value for key, value in plain_blocks(state).items()}
     wanted = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")

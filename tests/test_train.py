@@ -131,7 +131,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert run("--data", shapes, "--out", out, *args) == 2
     message = capsys.readouterr().err
     images = r"images \d+, \d+, \d+, \d+;"
-    assert re.search(rf"error: step 2: loss_rpn_box is not finite on {images}", message)
+    assert re.search(rf"error: step 3: loss_rpn_box is not finite on {images}", message)
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 2
 
 
@@ -565,6 +565,12 @@ def test_tokens_of_another_number_keep_the_places_of_the_patches(finished_yolos,
     assert run_yolos(*args, "--eval-only", "--set", *tiny, "det_tokens=4") == 2
     assert run_yolos(*args, "--steps", 1, "--set", *tiny, "det_tokens=4") == 0
     assert "42 of 43 tensors loaded, 1 of them resized" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_another_position_grid(finished_yolos, shapes, capsys):
+    args = ("--data", shapes, "--init", finished_yolos / "last.pt", "--out", finished_yolos / "y")
+    assert run_yolos(*args, "--steps", 1, "--set", *TINY_YOLOS, "pos_grid=6,6") == 0
+    assert "43 of 43 tensors loaded, 1 of them resized" in capsys.readouterr().out
 
 
 def test_files_with_the_authors_arguments_inside_are_read(finished_yolos, shapes, tmp_path, capsys):
