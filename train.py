@@ -352,7 +352,7 @@ def load_weights(net, args, path, data, exact):
     with reading(path):
         state = source if own else MODELS[args.model].from_official(source, net.config)
     wanted = net.state_dict()
-    built = [k for k in wanted if k.endswith(("num_batches_tracked", "relative_position_index"))]
+    built = {k for k in wanted if k.endswith(("num_batches_tracked", "relative_position_index"))}
     fits = {k: v for k, v in state.items() if k in wanted and v.shape == wanted[k].shape}
     shapes = {v.shape for v in source.values()}
     resized = sum(v.shape not in shapes for v in fits.values())
@@ -363,7 +363,8 @@ def load_weights(net, args, path, data, exact):
     }
     if any(isinstance(value, argparse.Namespace) for value in data.values()):
         say(args, f"{path}: its authors' arguments (a Namespace) were let in as plain values")
-    told = f"{path}: {len(fits)} of {len(wanted)} tensors loaded, {resized} of them resized"
+    told = f"{path}: {len(fits.keys() - built)} of {len(wanted.keys() - built)} tensors loaded"
+    told += f", {resized} of them resized"
     say(args, told + (f"; trained for {data['step']} steps" if "step" in data else ""))
     for what, names in lists.items():
         if names:
@@ -376,7 +377,7 @@ def load_weights(net, args, path, data, exact):
             of = f"a run of {data['name']} ({' '.join(as_settings(had))}): "
         name = f"{args.model} {args.variant}"
         raise DataError(f"{path}: {of}almost nothing fits {name}; are --variant and --set right?")
-    if exact and len({*fits, *built}) < len(wanted):
+    if exact and fits.keys() | built < wanted.keys():
         raise DataError(f"{path}: does not fit whole; are --set, --variant and --data the same?")
     with reading(path):
         net.load_state_dict(fits, strict=False)

@@ -1,30 +1,33 @@
 """Draw how long PVT-tiny's attention takes with and without spatial reduction, on this machine.
 
+Prints memory too: the most that one forward pass adds to what the process holds.
+
 PYTHONPATH=. python docs/pvt_attention.py    # about a minute on two CPU cores, 1.5 GiB
 """
 
 import math
 import statistics
-import time
 
 import PIL.Image
 import PIL.ImageDraw
 import torch
 
 import pvt
+import train
 
 BOTTOM, TOP = 280, 40  # rows of 1 ms and of 10 s
 
 
 @torch.no_grad()
-def milliseconds(dim, heads, ratio, side):
-    layer = pvt.SpatialReductionAttention(dim, heads, ratio).eval()
-    x, times = torch.randn(1, side * side, dim), []
-    for _ in range(6):
-        began = time.perf_counter()
-        layer(x, (side, side))
-        times.append(1000 * (time.perf_counter() - began))
-    return statistics.median(times[1:])
+def cost(dim, heads, ratio, side):
+    """Milliseconds (median of 5) and MiB of one layer on a map of side x side."""
+    layer, cpu = pvt.SpatialReductionAttention(dim, heads, ratio).eval(), torch.device("cpu")
+    x = torch.randn(1, side * side, dim)
+    seconds = statistics.median(train.timings(cpu, 5, layer, x, (side, side)))
+    train.reset_peak_memory(cpu)
+    before = train.peak_memory(cpu)
+    layer(x, (side, side))
+    return 1000 * seconds, 1024 * (train.peak_memory(cpu) - before)
 
 
 def main():
@@ -44,11 +47,11 @@ def main():
         for s, (dim, heads, ratio) in enumerate(stages):
             pen.text((left + 60 * s + 4, 284), f"stage {s + 1}", "black")
             for j, r in enumerate(dict.fromkeys((ratio, 1))):  # the last stage has no reduction
-                ms = milliseconds(dim, heads, r, pixels // (4 * 2**s))
+                ms, mib = cost(dim, heads, r, pixels // (4 * 2**s))
                 x, y = left + 60 * s + 26 * j, BOTTOM - max(0, math.log10(ms)) * (BOTTOM - TOP) / 4
                 pen.rectangle([x, y, x + 22, BOTTOM], ("royalblue", "firebrick")[r == 1])
                 pen.text((x - 2, y - 12), f"{ms:.{int(ms < 10)}f}", "black")
-                print(f"{pixels} px, stage {s + 1}, sr_ratio {r}: {ms:.1f} ms")
+                print(f"{pixels} px, stage {s + 1}, sr_ratio {r}: {ms:.1f} ms, {mib:.1f} MiB")
     picture.save("docs/pvt-attention.png")
 
 
