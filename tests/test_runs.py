@@ -492,6 +492,91 @@ def test_a_bug_keeps_its_traceback(said, shapes, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's alone")
+def test_the_seed_decides_the_first_weights():
+    args = argparse.Namespace(model="yolos", device=torch.device("cpu"), world=1, set=[], seed=3)
+    first, same, other = (
+        train.make_net(argparse.Namespace(**vars(args) | dict(seed=seed)), {}, 2).state_dict()
+        for seed in (3, 3, 4)
+    )
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["backbone.det_token"], other["backbone.det_token"])
+
+
+def test_processes_and_steps_draw_different_numbers():
+    drawn = []
+
+    class Model(torch.nn.Linear):
+        def forward(self, images, targets):
+            drawn.append(torch.rand(()).item())
+            return {"loss": self.weight.sum()}
+
+    model = Model(1, 1)
+    optimizer = torch.optim.AdamW([dict(params=model.parameters(), lr_scale=1.0)])
+    args = dict(seed=0, lr=0.1, total_steps=9, accumulate=1, world=1, amp="off", skipped=set())
+    args |= dict(device=torch.device("cpu"), recipe=dict(warmup=0, schedule="cosine", clip=0))
+    for rank, step in ((0, 0), (1, 0), (0, 1), (0, 0)):
+        given = argparse.Namespace(**args, rank=rank)
+        train.train_step(given, model, optimizer, iter([([], [])]), step)
+    assert drawn[0] == drawn[3] and len(set(drawn)) == 3
+
+
+@pytest.mark.parametrize("amp", ["bf16", "off"])
+def test_precision_of_training_is_what_amp_says(amp, shapes, tmp_path, monkeypatch):
+    seen, loss = [], simmim.SimMIM.masked_loss
+
+    def watched(*args):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return loss(*args)
+
+    monkeypatch.setattr(simmim.SimMIM, "masked_loss", watched)
+    args = ("--data", shapes, "--out", tmp_path, "--steps", 1, "--limit", 8, "--amp", amp)
+    assert run("simmim", *args) == 0
+    assert seen == [amp == "bf16"]
+
+
+@pytest.mark.parametrize(
+    ("given", "rate"), [((), 1e-3), (("--batch-size", 2), 5e-4), (("--lr", 0.3), 0.3)]
+)
+def test_the_rate_grows_with_the_batch_unless_given(given, rate, shapes, tmp_path):
+    assert mimdet.RECIPES["nano"]["lr"] == 1e-3 and mimdet.RECIPES["nano"]["batch_size"] == 4
+    assert run("mimdet", "--data", shapes, "--out", tmp_path, "--steps", 1, *given) == 0
+    first = log_of(tmp_path)[0]
+    assert first["lr"] == pytest.approx(rate) == torch.load(tmp_path / "last.pt")["plan"]["lr"]
+
+
+def test_compile_is_asked_for(shapes, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
+    args = ("--data", shapes, "--steps", 1, "--limit", 8)
+    assert run("simmim", *args, "--out", tmp_path / "a") == 0 and not compiled
+    assert run("simmim", *args, "--out", tmp_path / "b", "--compile") == 0 and len(compiled) == 1
+
+
+def test_loader_processes_leave_ctrl_c_to_the_main_one(monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    args = argparse.Namespace(workers=1, batch_size=2, device=torch.device("cpu"))
+    train.make_loader(args, [0, 1], None).worker_init_fn(0)
+    assert handlers == {signal.SIGINT: signal.SIG_IGN}
+
+
+def test_a_second_ctrl_c_leaves_at_once(monkeypatch, capfd):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    interrupted = train.listen(argparse.Namespace(rank=0))
+    handlers[signal.SIGINT]()
+    assert interrupted and "Ctrl-C again leaves at once" in capfd.readouterr().err
+    with pytest.raises(SystemExit, match="130"):
+        handlers[signal.SIGINT]()
+
+
+def test_images_skipped_by_other_processes_are_listed(monkeypatch, capsys):
+    monkeypatch.setattr(train, "gather", lambda args, items: [*items, "b.jpg: broken"])
+    train.list_skipped(argparse.Namespace(rank=0, skipped={"a.jpg: broken"}))
+    out = capsys.readouterr().out
+    assert "2 bad images" in out and "a.jpg" in out and "b.jpg" in out
+
+
 def test_memory_of_freed_tensors_is_kept():
     code = """if True:
         import resource, torch, train
