@@ -44,12 +44,17 @@ CLASSES = [
 ]
 
 
+def printable(text):
+    """In one line, without what a screen obeys: names in files may hold anything."""
+    text = " ".join(str(text).splitlines())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class DataError(Exception):
     """Something the user handed in is wrong; one line says what, where and what to do."""
 
     def __init__(self, message):
-        message = " ".join(str(message).splitlines())
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+        super().__init__(printable(message))
 
 
 # --- 1. Read --------------------------------------------------------------------------------------
@@ -749,14 +754,17 @@ def draw_curves(path, runs):
 
 
 def draw_panel(title, curves, width=480, height=320):
-    """Lines through the points (x, y) of each curve, from 0 to their largest: (3, H, W) uint8."""
+    """Lines through the points (x, y) of each curve, from 0 to their largest: (3, H, W) uint8.
+
+    What is below 0 (SimMIM's measure at first) is drawn at 0.
+    """
     panel = PIL.Image.new("RGB", (width, height), "white")
     pen, font = PIL.ImageDraw.Draw(panel), PIL.ImageFont.load_default(14)
     points = [(0, 0), *itertools.chain(*curves.values())]
     right, top = (max(values) or 1 for values in zip(*points, strict=True))
 
     def place(x, y):
-        return 50 + x / right * (width - 70), height - 30 - y / top * (height - 60)
+        return 50 + x / right * (width - 70), height - 30 - max(0, y) / top * (height - 60)
 
     pen.line([place(0, top), place(0, 0), place(right, 0)], "black")
     for share in (0.25, 0.5, 0.75, 1):

@@ -362,14 +362,19 @@ class PyramidVisionTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
                 nn.init.zeros_(module.bias)
 
+    def compile(self):
+        """For each size anew: torch 2.14 fails on the maps' strides where sizes are symbols."""
+        super().compile(dynamic=False)
+
     def forward(self, x):
         """Padded images (B, 3, H, W) -> maps (B, C, H/4, W/4) ... (B, C, H/32, W/32).
 
         With a class token a fifth entry holds its vector (B, C).
         """
         c, maps = self.config, []
-        right, bottom = (max(0, self.min_side - side) for side in (x.shape[3], x.shape[2]))
-        x = F.pad(x, (0, right, 0, bottom))
+        if min(x.shape[2:]) < self.min_side:
+            right, bottom = (max(0, self.min_side - side) for side in (x.shape[3], x.shape[2]))
+            x = F.pad(x, (0, right, 0, bottom))
         for s in range(1, 5):
             x, grid = getattr(self, f"patch_embed{s}")(x)  # (B, N, C)
             if c.design == "v1":

@@ -6,6 +6,7 @@ torchrun --nproc-per-node=8 train.py --model mimdet ...    # several GPUs
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
@@ -74,7 +75,7 @@ def parse_args(argv):
     add("--workers", type=int, help="loader processes; as many as help by default")
     add("--device", help="cuda, mps or cpu; the first there is by default")
     add("--amp", choices=["off", "bf16"], help="by default bf16 in training where fast")
-    add("--compile", action="store_true", help="torch.compile the model")
+    add("--compile", action="store_true", help="torch.compile the encoder, to train")
     add("--seed", type=int, default=0, help="of weights, order and all that is drawn; 0 by default")
     add("--attention", nargs="*", type=int, metavar="TOKEN", help="also where [DET] tokens look")
     add("--init", metavar="FILE", help="start from weights: the authors' or this project's")
@@ -157,6 +158,8 @@ def settings(args, path, saved):
     override(as_settings(saved.get("recipe", {})), args.recipe, where=f"{path}:")
     override(args.set, config, args.recipe)
     if "img_size" in config:
+        if any(s.startswith(("sizes=", "max_size=")) for s in args.set):
+            raise DataError(f"--set sizes or max_size: {args.model} has one size, give img_size")
         args.recipe["sizes"] = (config["img_size"],)
     return config
 
@@ -305,7 +308,7 @@ def reading(path):
 RUN = dict(variant=str, seed=int, classes=list, config=dict, recipe=dict, plan=dict, model=dict)
 RUN |= dict(optimizer=dict, step=int, evaluated=int, best=float, seconds=float)
 PLAN = dict(about=str, schedule=int, batch_size=int, lr=float)
-CLASS = dict(id=int | str, name=str)
+CLASS = dict(id=int, name=str)
 
 
 def check_run(path, data):
@@ -365,10 +368,10 @@ def load_weights(net, args, path, data, exact):
         say(args, f"{path}: its authors' arguments (a Namespace) were let in as plain values")
     told = f"{path}: {len(fits.keys() - built)} of {len(wanted.keys() - built)} tensors loaded"
     told += f", {resized} of them resized"
-    say(args, told + (f"; trained for {data['step']} steps" if "step" in data else ""))
+    say(args, told + (f"; trained for {data['step']!r} steps" if "step" in data else ""))
     for what, names in lists.items():
         if names:
-            some = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+            some = coco.printable(", ".join(names[:4])) + (" ..." if len(names) > 4 else "")
             say(args, f"  {what}: {len(names)}: {some}")
     if sum(v.numel() for v in fits.values()) < 0.1 * sum(v.numel() for v in wanted.values()):
         of, shape = "", ("embed_dim", "embed_dims", "depth", "depths", "num_heads", "patch")
@@ -414,6 +417,8 @@ def write_whole(path, write):
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save makes the one into the other
         partial.unlink(missing_ok=True)
+        while error.__context__ and not isinstance(error, OSError):
+            error = error.__context__
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"{path}: cannot be written ({reason}); what was there is kept") from None
 
@@ -495,7 +500,8 @@ def answers(args, net, images, sizes, names):
     for name, output in zip(names, outputs, strict=True):
         for key in {"boxes", "scores", "logits", "reconstruction"} & output.keys():
             if not output[key].isfinite().all():
-                raise DataError(f"{name}: the model's {key} are not finite; take other weights")
+                advice = "take other weights, or train at a lower --lr"
+                raise DataError(f"{name}: the model's {key} are not finite; {advice}")
     return outputs
 
 
@@ -596,7 +602,7 @@ def check_finite(step, norm, parts, grads):
             raise not_finite(step, f"{', '.join(bad)} is not finite on images {images}")
     bad = [name for name, g in grads.items() if not g.isfinite().all()]
     whose = ", ".join(bad[:3]) or "all parameters together"
-    whose = re.sub(r"\b(module|_orig_mod)\.", "", whose)  # DistributedDataParallel's and compile's
+    whose = re.sub(r"\bmodule\.", "", whose)  # DistributedDataParallel's
     seen = " (another process may name the images)" if dist.is_initialized() else ""
     raise not_finite(step, f"the gradient of {whose} is not finite{seen}")
 
@@ -648,7 +654,9 @@ def start(args, net, saved, dataset):
         if step >= args.steps:
             how = "with --init and another --out" if step >= args.total_steps else "by more --steps"
             say(args, f"nothing is left to train; go on {how}")
-    model = torch.compile(net) if args.compile else net
+    model = net
+    if args.compile:  # in place, and the encoder alone: what follows changes with every image
+        (net.backbone if hasattr(net, "backbone") else net.encoder).compile()
     if args.world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
     share = args.batch_size * args.accumulate  # of this process in a step
@@ -845,7 +853,7 @@ def predict(args, net):
             drawn = [coco.draw(pixels, found, args.classes)]
         file = args.out / f"predict-{number}-{Path(path).stem}.png"
         coco.save_pictures(file, [drawn])
-        print(f"{path}: {coco.describe(found, args.classes)} -> {file}")
+        print(f"{path}: {coco.printable(coco.describe(found, args.classes))} -> {file}")
         if args.attention is not None:
             maps, order = net.attention(image), found["tokens"].tolist()  # (Q, h, H/16, W/16)
             sure = int((found["scores"] >= 0.5).sum())
@@ -922,9 +930,10 @@ def benchmark(args):
     a = torch.randn(size, size, device=args.device, dtype=dtype)
     peak = 2 * size**3 / min(timings(args.device, 8, torch.matmul, a, a))
     jobs = itertools.product(MODELS, SIZES) if args.benchmark == "all" else [(args.model, None)]
-    # Each in a process of its own, whose memory is not what another has left behind.
-    with torch.multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        rows = sum(pool.starmap(measure, [(args, peak, *job) for job in jobs], chunksize=1), [])
+    spawn, rows = torch.multiprocessing.get_context("spawn"), []
+    for job in jobs:  # each in a process of its own: its memory is not what another has left behind
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            rows += pool.submit(measure, args, peak, *job).result()
     threads = f"{torch.get_num_threads()} threads, " if args.device.type == "cpu" else ""
     print(f"\n{args.device}, {threads}amp {args.amp}; matrix product {peak / 1e9:,.0f} GFLOP/s")
     print("model    variant    images         work           ms  images/s    GFLOP  of peak    GiB")
@@ -964,8 +973,9 @@ def measure(args, peak, name, size):
 
     rows = []
     for work in (forward, step):
-        # In plain formulas, because the counter does not know every fused kernel.
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        # In plain formulas: the counter does not know every fused or compiled kernel.
+        eager = torch.compiler.set_stance("force_eager")
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), eager:
             work(net)
         flops = counter.get_total_flops()
         reset_peak_memory(args.device)
@@ -1117,13 +1127,15 @@ def report(args, metrics):
 
 HINTS = {  # what torch says -> what to do
     "out of memory|DefaultCPUAllocator": "not enough memory; give a smaller --batch-size (with "
-    "--accumulate), --set max_size=... or sizes=..., or --set checkpoint=true",
+    "--accumulate), --set max_size=... or sizes=... (SimMIM: img_size=...) or checkpoint=true",
     "more than 1 value per channel": "one picture this small is too little for BatchNorm; give a "
     "larger --batch-size or --set sizes=...",
     r"DataLoader worker \(pid": "a loader process was ended, often for its memory; give fewer "
     "--workers",
     "CxxCompiler|Compiler: .* not found|find C compiler": "--compile needs a C++ compiler; install "
     "one or leave it out",
+    "terminated abruptly": "the measuring process was ended, often for its memory; give a smaller "
+    "--batch-size",
     "closed by peer": "another process ended; what it says counts",
     "environment variable .* expected": "several processes are started by torchrun; else unset "
     "WORLD_SIZE",

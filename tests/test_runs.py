@@ -4,6 +4,7 @@ torchrun starts this file too: see `job`.
 """
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -206,6 +207,16 @@ def test_a_full_disk_is_said_and_leaves_the_old_checkpoint(
     for name in ("last.pt", "result.json"):
         with pytest.raises(train.DataError, match=f"{name}: cannot be written .*No space"):
             train.write_whole(out / name, lambda file: torch.save(torch.zeros(10**5), file))
+
+    def half(file):
+        """torch.save tells of a disk that fills up later by an error of its own."""
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 1095936 vs 1095824")
+
+    with pytest.raises(train.DataError, match="last.pt: cannot be written .*No space"):
+        train.write_whole(out / "last.pt", half)
     args = ("--data", shapes, "--out", out, "--steps", 6, "--batch-size", 4, "--resume")
     assert run("yolos", *args) == 2
     assert "No space left on device); what was there is kept" in one_line(capsys)
@@ -268,6 +279,7 @@ SPOILT = {
     "no classes": (without("classes"), EVERYWHERE, "'classes'"),
     "classes": (changed(classes=[1, 2]), EVERYWHERE, "damaged"),
     "one class": (changed(classes=5), EVERYWHERE, "damaged"),
+    "class ids": (changed(classes=[{"id": "1", "name": "a"}]), EVERYWHERE, "id is a str"),
     "class names": (changed(classes=[{"id": 1, "name": None}]), EVERYWHERE, "name is a NoneType"),
     "seed": (changed(seed="1"), EVERYWHERE, "seed is a str"),
     "step": (changed(step=1.5), EVERYWHERE, "step is a float"),
@@ -406,7 +418,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
 
 def test_parameters_are_named_without_what_wraps_them():
     with pytest.raises(train.DataError, match="the gradient of head.bias is not finite"):
-        grads = {"module._orig_mod.head.bias": torch.tensor(torch.nan)}
+        grads = {"module.head.bias": torch.tensor(torch.nan)}
         train.check_finite(1, torch.tensor(torch.nan), [], grads)
 
 
@@ -545,11 +557,12 @@ def test_the_rate_grows_with_the_batch_unless_given(given, rate, shapes, tmp_pat
 
 
 def test_compile_is_asked_for(shapes, tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
+    compiled = []  # the encoder alone: the losses' shapes change with every image
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda part: compiled.append(type(part)))
     args = ("--data", shapes, "--steps", 1, "--limit", 8)
     assert run("simmim", *args, "--out", tmp_path / "a") == 0 and not compiled
-    assert run("simmim", *args, "--out", tmp_path / "b", "--compile") == 0 and len(compiled) == 1
+    assert run("simmim", *args, "--out", tmp_path / "b", "--compile") == 0
+    assert compiled == [simmim.ViT]
 
 
 def test_loader_processes_leave_ctrl_c_to_the_main_one(monkeypatch):
@@ -575,6 +588,18 @@ def test_images_skipped_by_other_processes_are_listed(monkeypatch, capsys):
     train.list_skipped(argparse.Namespace(rank=0, skipped={"a.jpg: broken"}))
     out = capsys.readouterr().out
     assert "2 bad images" in out and "a.jpg" in out and "b.jpg" in out
+
+
+def end_process(*_):
+    os._exit(1)
+
+
+def test_a_measurement_that_is_ended_ends_in_one_line(shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "measure", end_process)
+    monkeypatch.setattr(train, "timings", lambda *_: [1.0])
+    args = ("--data", shapes, "--out", tmp_path, "--benchmark")
+    assert run("yolos", *args) == 2
+    assert "give a smaller --batch-size" in one_line(capsys)
 
 
 def test_memory_of_freed_tensors_is_kept():

@@ -721,6 +721,12 @@ def test_pictures_drawn_by_a_run_are_not_learned_from(out, tmp_path):
     assert len(coco.find_images(tmp_path)) == 5
 
 
+@pytest.mark.parametrize("setting", ["sizes=64", "max_size=64"])
+def test_sizes_that_would_do_nothing_are_refused(setting, shapes, tmp_path, capsys):
+    assert run("--model", "simmim", "--data", shapes, "--out", tmp_path, "--set", setting) == 2
+    assert "simmim has one size, give img_size" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("target", ["color_cluster", "tokens"])
 def test_codes_are_found_before_training_and_kept(target, shapes, tmp_path):
     out, settings = tmp_path / "run", [*TINY_SIMMIM, f"target={target}", "clusters=8"]
