@@ -159,7 +159,7 @@ def settings(args, path, saved):
     override(args.set, config, args.recipe)
     if "img_size" in config:
         if any(s.startswith(("sizes=", "max_size=")) for s in args.set):
-            raise DataError(f"--set sizes or max_size: {args.model} has one size, give img_size")
+            say(args, f"sizes and max_size change nothing: {args.model} has one size, img_size")
         args.recipe["sizes"] = (config["img_size"],)
     return config
 
@@ -656,7 +656,7 @@ def start(args, net, saved, dataset):
             say(args, f"nothing is left to train; go on {how}")
     model = net
     if args.compile:  # in place, and the encoder alone: what follows changes with every image
-        (net.backbone if hasattr(net, "backbone") else net.encoder).compile()
+        next(m for name, m in net.named_children() if name in ("backbone", "encoder")).compile()
     if args.world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
     share = args.batch_size * args.accumulate  # of this process in a step

@@ -128,7 +128,7 @@ def test_the_machine_tells_devices_apart(machine):
             mistake()
 
 
-SWIN = "patch=4 mask_patch=16 depths=1,1 num_heads=1,2"
+SWIN = "window=4 patch=4 mask_patch=16 depths=1,1 num_heads=1,2"
 
 
 @pytest.mark.parametrize(

@@ -721,10 +721,12 @@ def test_pictures_drawn_by_a_run_are_not_learned_from(out, tmp_path):
     assert len(coco.find_images(tmp_path)) == 5
 
 
-@pytest.mark.parametrize("setting", ["sizes=64", "max_size=64"])
-def test_sizes_that_would_do_nothing_are_refused(setting, shapes, tmp_path, capsys):
-    assert run("--model", "simmim", "--data", shapes, "--out", tmp_path, "--set", setting) == 2
-    assert "simmim has one size, give img_size" in capsys.readouterr().err
+@pytest.mark.parametrize("setting", ["sizes=64", "max_size=64", "img_size=64"])
+def test_sizes_that_change_nothing_are_told(setting, shapes, tmp_path, capsys):
+    args = ("--model", "simmim", "--data", shapes, "--out", tmp_path, "--steps", 1, "--limit", 8)
+    assert run(*args, "--set", setting) == 0
+    told = "simmim has one size, img_size" in capsys.readouterr().out
+    assert told == (setting != "img_size=64")
 
 
 @pytest.mark.parametrize("target", ["color_cluster", "tokens"])
