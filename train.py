@@ -1127,7 +1127,8 @@ def report(args, metrics):
 
 HINTS = {  # what torch says -> what to do
     "out of memory|DefaultCPUAllocator": "not enough memory; give a smaller --batch-size (with "
-    "--accumulate), --set max_size=... or sizes=... (SimMIM: img_size=...) or checkpoint=true",
+    "--accumulate), --set max_size=... or sizes=... (SimMIM: img_size=...), or "
+    "--set checkpoint=true",
     "more than 1 value per channel": "one picture this small is too little for BatchNorm; give a "
     "larger --batch-size or --set sizes=...",
     r"DataLoader worker \(pid": "a loader process was ended, often for its memory; give fewer "
