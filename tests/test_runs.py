@@ -503,7 +503,6 @@ def test_a_bug_keeps_its_traceback(said, shapes, tmp_path, monkeypatch):
         run("yolos", "--data", shapes, "--out", tmp_path, "--steps", 1)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's alone")
 def test_the_seed_decides_the_first_weights():
     args = argparse.Namespace(model="yolos", device=torch.device("cpu"), world=1, set=[], seed=3)
     first, same, other = (
@@ -602,6 +601,7 @@ def test_a_measurement_that_is_ended_ends_in_one_line(shapes, tmp_path, monkeypa
     assert "give a smaller --batch-size" in one_line(capsys)
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's alone")
 def test_memory_of_freed_tensors_is_kept():
     code = """if True:
         import resource, torch, train
