@@ -853,7 +853,7 @@ def predict(args, net):
             drawn = [coco.draw(pixels, found, args.classes)]
         file = args.out / f"predict-{number}-{Path(path).stem}.png"
         coco.save_pictures(file, [drawn])
-        print(f"{path}: {coco.printable(coco.describe(found, args.classes))} -> {file}")
+        print(coco.printable(f"{path}: {coco.describe(found, args.classes)} -> {file}"))
         if args.attention is not None:
             maps, order = net.attention(image), found["tokens"].tolist()  # (Q, h, H/16, W/16)
             sure = int((found["scores"] >= 0.5).sum())

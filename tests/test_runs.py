@@ -360,6 +360,20 @@ def test_a_truncated_checkpoint_is_refused_in_one_line(finished, tmp_path, capsy
         assert "not a checkpoint of plain tensors, or damaged" in one_line(capsys)
 
 
+def test_names_in_a_checkpoint_and_of_pictures_obey_no_screen(finished, shapes, tmp_path, capsys):
+    data = torch.load(finished / "last.pt", weights_only=True)
+    data["classes"][0]["name"] = "a\x1b[2Jclass"
+    data["model"]["a\x1b[2Jtensor"] = torch.zeros(1)
+    data["model"]["class_embed.layers.2.bias"][0] = 99  # every token is sure of class 0
+    torch.save(data, tmp_path / "file.pt")
+    picture = shutil.copy(next((shapes / "val2017").iterdir()), tmp_path / "a\x1b[2Jfile.jpg")
+    args = ("--init", tmp_path / "file.pt", "--out", tmp_path / "run", "--predict", picture)
+    assert run("yolos", *args, tiny=False) == 0
+    shown = capsys.readouterr().out
+    assert {"tensor", "class", "file"} == set(re.findall(r"a\\x1b\[2J(\w+)", shown))
+    assert "\x1b" not in shown
+
+
 @pytest.mark.parametrize("model", ["simmim", "mimdet", "yolos", "pvt"])
 def test_foreign_weights_of_any_shape_are_refused_in_one_line(model, tmp_path, shapes, capsys):
     """Renaming and resizing happen before shapes can be compared."""

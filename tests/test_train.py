@@ -488,6 +488,9 @@ def test_curves_of_runs_are_drawn(finished, tmp_path, capsys):
     for panel in (loss, measure):  # the only run is red
         red = (panel[0] > 150) & (panel[1] < 60) & (panel[2] < 60)
         assert red.any(dim=0).sum() > panel.shape[2] / 4  # columns
+    below = coco.draw_panel("measure", {"run": [(1, -5.0), (2, -0.1)]})  # drawn at 0, on the axis
+    at_zero = coco.draw_panel("measure", {"run": [(1, 0), (2, 0)]})
+    assert below.equal(at_zero)
     for log in ("[1]", "[" * 100_000):
         (tmp_path / "log.jsonl").write_text(log)
         for folder in (tmp_path / "nowhere", tmp_path):
