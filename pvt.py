@@ -215,6 +215,13 @@ def group_by_padded_size(images, multiple):
 # --- 3. This paper --------------------------------------------------------------------------------
 
 
+def to_map(x, grid):
+    """Tokens (B, N, C) of a grid (H, W), row by row -> map (B, C, H, W)."""
+    x = x.transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
+    # Copied for torch.compile, which cannot order the strides of a view of unknown sizes.
+    return x.contiguous() if torch.compiler.is_compiling() else x
+
+
 class StageEmbed(nn.Module):
     """Patches of a stage: a convolution without overlap, and a LayerNorm (Sec. 3.2)."""
 
@@ -266,7 +273,7 @@ class SpatialReductionAttention(nn.Module):
     def reduce(self, x, grid):
         if self.sr_ratio == 1:
             return x
-        x = self.sr(x.transpose(1, 2).unflatten(2, grid))  # (B, C, H/R, W/R), a remainder cut off
+        x = self.sr(to_map(x, grid))  # (B, C, H/R, W/R), a remainder cut off
         return self.norm(x.flatten(2).transpose(1, 2))  # (B, n, C)
 
 
@@ -279,7 +286,7 @@ class LinearSpatialReductionAttention(SpatialReductionAttention):
         self.norm = nn.LayerNorm(dim)
 
     def reduce(self, x, grid):
-        x = F.adaptive_avg_pool2d(x.transpose(1, 2).unflatten(2, grid), 7)  # (B, C, 7, 7)
+        x = F.adaptive_avg_pool2d(to_map(x, grid), 7)  # (B, C, 7, 7)
         return F.gelu(self.norm(self.sr(x).flatten(2).transpose(1, 2)))  # (B, 49, C)
 
 
@@ -292,7 +299,7 @@ class DepthwiseMlp(Mlp):
         self.relu = nn.ReLU() if relu else nn.Identity()
 
     def forward(self, x, grid):
-        x = self.relu(self.fc1(x)).transpose(1, 2).unflatten(2, grid)  # (B, hidden, H, W)
+        x = to_map(self.relu(self.fc1(x)), grid)  # (B, hidden, H, W)
         return self.fc2(F.gelu(self.dwconv(x).flatten(2).transpose(1, 2)))  # (B, N, C)
 
 
@@ -311,6 +318,10 @@ class PyramidBlock(nn.Module):
         plain = design == "v1"
         self.mlp = Mlp(dim, hidden) if plain else DepthwiseMlp(dim, hidden, design == "v2_li")
         self.drop_path = StochasticDepth(drop_path, "row")
+
+    def compile(self):
+        """Before torch 2.14 for each size anew: there maps of unknown sizes have wrong strides."""
+        super().compile(dynamic=None if torch.__version__ >= "2.14" else False)
 
     def forward(self, x, grid):
         x = x + self.drop_path(self.attn(self.norm1(x), grid))
@@ -362,10 +373,6 @@ class PyramidVisionTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
                 nn.init.zeros_(module.bias)
 
-    def compile(self):
-        """For each size anew: torch 2.14 fails on the maps' strides where sizes are symbols."""
-        super().compile(dynamic=False)
-
     def forward(self, x):
         """Padded images (B, 3, H, W) -> maps (B, C, H/4, W/4) ... (B, C, H/32, W/32).
 
@@ -389,7 +396,7 @@ class PyramidVisionTransformer(nn.Module):
                 x = getattr(self, f"norm{s}")(x)  # (B, N, C)
             if s == 4 and self.has_token:
                 token, x = x[:, 0], x[:, 1:]
-            x = x.transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
+            x = to_map(x, grid)  # (B, C, H, W)
             maps.append(x)
         return [*maps, self.norm(token)] if self.has_token else maps
 
@@ -1013,7 +1020,7 @@ class Trans2Seg(Segmenter):
         for block in self.decoder:
             x, scores = block(x, memory, mask)  # (B, K+1, C), (B, h, K+1, N)
         scores = scores.transpose(1, 2).flatten(0, 1).unflatten(2, grid)  # (B * (K+1), h, H, W)
-        features = self.features(memory.transpose(1, 2).unflatten(2, grid))  # (B, C / 4, H, W)
+        features = self.features(to_map(memory, grid))  # (B, C / 4, H, W)
         maps_of_classes = self.attention(scores).unflatten(0, x.shape[:2])  # (B, K+1, C / 4, H, W)
         x = features[:, None] * self.name(x)[..., None, None] + maps_of_classes
         x = resize_map(F.relu(x.flatten(0, 1)), maps[0].shape[2:]).unflatten(0, x.shape[:2])

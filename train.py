@@ -75,7 +75,7 @@ def parse_args(argv):
     add("--workers", type=int, help="loader processes; as many as help by default")
     add("--device", help="cuda, mps or cpu; the first there is by default")
     add("--amp", choices=["off", "bf16"], help="by default bf16 in training where fast")
-    add("--compile", action="store_true", help="torch.compile the encoder, to train")
+    add("--compile", action="store_true", help="torch.compile the blocks, to train")
     add("--seed", type=int, default=0, help="of weights, order and all that is drawn; 0 by default")
     add("--attention", nargs="*", type=int, metavar="TOKEN", help="also where [DET] tokens look")
     add("--init", metavar="FILE", help="start from weights: the authors' or this project's")
@@ -639,6 +639,18 @@ def train_step(args, model, optimizer, batches, step):
     return {name: sum(part[name] for part, _ in parts) / args.accumulate for name in losses}
 
 
+def compile_blocks(net):
+    """Compile the transformer blocks, in place: one text for blocks alike and for every image size.
+
+    Of whole models hardly a part stays the same from image to image.
+    """
+    # Blocks differ in width, in drop_path, and whether they learn.
+    torch._dynamo.config.cache_size_limit = 256
+    for module in net.modules():
+        if "Block" in type(module).__name__:
+            module.compile()
+
+
 def start(args, net, saved, dataset):
     """Model to train, optimizer, batches, and the step and best score so far."""
     plan(args, dataset, saved)
@@ -655,8 +667,8 @@ def start(args, net, saved, dataset):
             how = "with --init and another --out" if step >= args.total_steps else "by more --steps"
             say(args, f"nothing is left to train; go on {how}")
     model = net
-    if args.compile:  # in place, and the encoder alone: what follows changes with every image
-        next(m for name, m in net.named_children() if name in ("backbone", "encoder")).compile()
+    if args.compile:
+        compile_blocks(net)
     if args.world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
     share = args.batch_size * args.accumulate  # of this process in a step
@@ -963,23 +975,26 @@ def measure(args, peak, name, size):
     model, optimizer, batches, *_ = start(args, net, {}, dataset)
     images, targets = to_device(next(batches), args.device)
 
-    def forward(model):
+    def forward(model, images, _):
         model.eval()
         with torch.no_grad(), autocast(args):
             model(images)
 
-    def step(model):
-        train_step(args, model, optimizer, itertools.repeat((images, targets)), 0)
+    def step(model, *batch):
+        train_step(args, model, optimizer, itertools.repeat(batch), 0)
 
     rows = []
     for work in (forward, step):
-        # In plain formulas: the counter does not know every fused or compiled kernel.
+        # In plain formulas: the counter does not know every fused or compiled kernel. One by one:
+        # attention written out may not fit otherwise.
         eager = torch.compiler.set_stance("force_eager")
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), eager:
-            work(net)
+            for image, target in zip(images, targets, strict=True):
+                work(net, [image], [target])
         flops = counter.get_total_flops()
         reset_peak_memory(args.device)
-        seconds = statistics.median(timings(args.device, repeats, work, model))
+        times = timings(args.device, repeats, work, model, images, targets)
+        seconds = statistics.median(times)
         row = dict(work=work.__name__, ms=1000 * seconds, gib=peak_memory(args.device))
         rows.append(row | dict(gflop=flops / 1e9, of_peak=flops / seconds / peak))
     loading = statistics.median(timings(args.device, repeats, next, batches))

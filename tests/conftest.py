@@ -10,6 +10,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="of tests/test_parity_*.py: a GPU, say cuda")
+
+
+def pytest_configure(config):
+    if config.option.device != "cpu":
+        torch.set_default_device(config.option.device)
+        torch.backends.cudnn.allow_tf32 = False  # or convolutions are good to 1e-3
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
     """A small copy of the generated data set."""

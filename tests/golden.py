@@ -48,7 +48,7 @@ def image(seed, n, h, w):
     mean, std = (
         np.reshape(v, (1, 3, 1, 1)) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     )
-    return torch.from_numpy(((x - mean) / std).astype(np.float32))
+    return torch.as_tensor(((x - mean) / std).astype(np.float32))
 
 
 def assert_close(expected, name, tensor, tolerance=1e-4, scale=1.0):
@@ -57,7 +57,7 @@ def assert_close(expected, name, tensor, tolerance=1e-4, scale=1.0):
     For gradients the scale is their recorded standard deviation: all are far below 1.
     """
     assert list(tensor.shape) == expected["shape"], (name, tensor.shape, expected["shape"])
-    a = tensor.detach().double().reshape(-1).numpy()
+    a = tensor.detach().cpu().double().reshape(-1).numpy()
     r = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF).standard_normal(a.size)
     found = np.array([*a[expected["index"]], a @ r / math.sqrt(a.size), a.mean(), a.std()])
     wanted = np.array([*expected["value"], expected["proj"], expected["mean"], expected["std"]])

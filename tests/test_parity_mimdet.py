@@ -12,7 +12,7 @@ from golden import assert_close, checkpoint, image, load
 
 import mimdet
 
-NOISE = torch.from_numpy(np.random.RandomState(411).rand(2, 320).astype(np.float32))
+NOISE = torch.as_tensor(np.random.RandomState(411).rand(2, 320).astype(np.float32))
 SIZES = [(256, 320), (200, 272)]
 
 
@@ -74,7 +74,7 @@ def detector():
 def raw_images():
     r = np.random.RandomState(421)
     return [
-        torch.from_numpy(r.randint(0, 256, (3, *size)).astype(np.float32)) / 255 for size in SIZES
+        torch.as_tensor(r.randint(0, 256, (3, *size)).astype(np.float32)) / 255 for size in SIZES
     ]
 
 
@@ -103,7 +103,7 @@ def test_detector_equals_the_released_one(detector):
         a = r.rand(16, 4)
         x0, y0 = a[:, 0] * 0.7 * w, a[:, 1] * 0.7 * h
         x1, y1 = np.minimum(x0 + 6 + a[:, 2] * w, w), np.minimum(y0 + 6 + a[:, 3] * h, h)
-        fixed.append(torch.from_numpy(np.stack([x0, y0, x1, y1], axis=1).astype(np.float32)))
+        fixed.append(torch.as_tensor(np.stack([x0, y0, x1, y1], axis=1).astype(np.float32)))
     for ratio, noise in (("1", None), ("0.5", NOISE)):
         maps = model.pyramid(x, sizes, float(ratio), noise)
         logits, deltas = model.rpn(maps)
@@ -212,4 +212,4 @@ def diamond(box, h, w):
     x0, y0, x1, y1 = box.tolist()
     xm, ym = (x0 + x1) / 2, (y0 + y1) / 2
     rle = mask_api.frPyObjects([[xm, y0, x1, ym, xm, y1, x0, ym]], h, w)
-    return torch.from_numpy(mask_api.decode(mask_api.merge(rle))).bool()
+    return torch.as_tensor(mask_api.decode(mask_api.merge(rle))).bool()

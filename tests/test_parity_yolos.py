@@ -67,14 +67,14 @@ def test_an_odd_image_through_the_front_door_equals_the_released_answer():
 
 def criterion_input():
     r = np.random.RandomState(7)
-    logits = torch.from_numpy((2 * r.standard_normal((2, 100, 92))).astype(np.float32))
+    logits = torch.as_tensor((2 * r.standard_normal((2, 100, 92))).astype(np.float32))
     boxes = r.rand(2, 100, 4) * [0.8, 0.8, 0.38, 0.38] + [0.1, 0.1, 0.02, 0.02]
     targets = []
     for n in (5, 3):
-        labels = torch.from_numpy(r.randint(1, 91, n))
+        labels = torch.as_tensor(r.randint(1, 91, n))
         wanted = r.rand(n, 4) * [0.6, 0.6, 0.35, 0.35] + [0.2, 0.2, 0.05, 0.05]
-        targets.append(dict(labels=labels, boxes_norm=torch.from_numpy(wanted.astype(np.float32))))
-    return logits, torch.from_numpy(boxes.astype(np.float32)), targets
+        targets.append(dict(labels=labels, boxes_norm=torch.as_tensor(wanted.astype(np.float32))))
+    return logits, torch.as_tensor(boxes.astype(np.float32)), targets
 
 
 @pytest.mark.parametrize("case", ["two_images", "second_image_empty"])

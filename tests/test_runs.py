@@ -570,12 +570,60 @@ def test_the_rate_grows_with_the_batch_unless_given(given, rate, shapes, tmp_pat
 
 
 def test_compile_is_asked_for(shapes, tmp_path, monkeypatch):
-    compiled = []  # the encoder alone: the losses' shapes change with every image
+    compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda part: compiled.append(type(part)))
     args = ("--data", shapes, "--steps", 1, "--limit", 8)
     assert run("simmim", *args, "--out", tmp_path / "a") == 0 and not compiled
     assert run("simmim", *args, "--out", tmp_path / "b", "--compile") == 0
-    assert compiled == [simmim.ViT]
+    assert compiled == [simmim.Block] * 2
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("simmim", ["encoder=swin", "img_size=64", "window=4"]),
+        ("mimdet", ["drop_path=0.2", "checkpoint=true", "decoder_depth=1"]),
+        ("yolos", []),
+        ("pvt", ["head=classifier"]),
+        ("pvt", ["head=detr", "design=v2_li"]),
+    ],
+)
+def test_blocks_are_compiled_for_all_sizes_of_images(model, settings, monkeypatch):
+    graphs, original = [], torch.nn.Module.compile
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def compile_whole(part, **kwargs):  # what breaks a block into two graphs is an error
+        original(part, backend=count, fullgraph=True, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_whole)
+    module = train.MODELS[model]
+    config = train.dataclasses.asdict(module.CONFIGS["nano"])
+    train.override(settings, config)
+    torch.manual_seed(0)
+    net, few = module.build(module.Config(**config), 6), [(64, 96), (96, 64), (128, 96)]
+    plain = [loss_of_step(net, size) for size in few]
+    train.compile_blocks(net)
+    assert [loss_of_step(net, size) for size in few] == pytest.approx(plain, abs=1e-4)
+    before = len(graphs)
+    for size in [(64, 64), (160, 128), (192, 256)]:
+        loss_of_step(net, size)
+    for_all = model != "pvt" or torch.__version__ >= "2.14"
+    assert (len(graphs) == before) == for_all and before > 0
+
+
+def loss_of_step(net, size):
+    """The sum of the losses of two pictures of this size with an object each."""
+    torch.manual_seed(0)
+    size = (net.config.img_size,) * 2 if hasattr(net.config, "img_size") else size
+    images = [torch.rand(3, *size) for _ in range(2)]
+    masks = torch.rand(1, *size) < 0.5
+    target = dict(boxes=torch.tensor([[4.0, 4, 30, 24]]), labels=torch.tensor([2]), masks=masks)
+    loss = sum(net(images, [target, target]).values())
+    loss.backward()
+    return loss.item()
 
 
 def test_loader_processes_leave_ctrl_c_to_the_main_one(monkeypatch):
