@@ -179,12 +179,20 @@ def sincos_pos_embed(dim, grid):
 
 
 def resize_grid(table, old_hw, new_hw):
-    """Bicubic resize of a position table (1, h * w, C) from grid old_hw to new_hw."""
+    """Bicubic resize of position tables (L, h * w, C) from grid old_hw to new_hw.
+
+    As two matrix products: torch's own resize of so many channels is slow, on GPUs most of all.
+    """
     if tuple(old_hw) == tuple(new_hw):
         return table
-    table = table.transpose(1, 2).unflatten(2, old_hw)  # (1, C, h, w)
-    table = F.interpolate(table, size=new_hw, mode="bicubic", align_corners=False)
-    return table.flatten(2).transpose(1, 2)  # (1, H * W, C)
+    weights = []
+    for old, new in zip(old_hw, new_hw, strict=True):
+        eye = torch.eye(old, dtype=table.dtype, device=table.device)[None, None]
+        weight = F.interpolate(eye, (new, old), mode="bicubic", align_corners=False)
+        weights.append(weight[0, 0])  # (H, h), (W, w)
+    x = weights[1] @ table.unflatten(1, old_hw)  # (L, h, W, C)
+    x = weights[0] @ x.flatten(2)  # (L, H, W * C)
+    return x.unflatten(2, (new_hw[1], -1)).flatten(1, 2).to(table.dtype)  # (L, H * W, C)
 
 
 def pad_batch(images, multiple):
@@ -362,19 +370,23 @@ def make_anchors(maps, scale):
     return anchors
 
 
-def encode_boxes(boxes_xyxy, anchors_xyxy, weights=(1.0, 1.0, 1.0, 1.0)):
-    """Boxes as weighted offsets (dx, dy, dw, dh) from anchors (R-CNN, arXiv:1311.2524, App. C)."""
+def encode_boxes(boxes_xyxy, anchors_xyxy, weights=(1.0, 1.0)):
+    """Boxes as offsets (dx, dy, dw, dh) from anchors (R-CNN, arXiv:1311.2524, App. C).
+
+    weights: by which (dx, dy) and (dw, dh) are multiplied.
+    """
     box, anchor = (box_convert(b, "xyxy", "cxcywh") for b in (boxes_xyxy, anchors_xyxy))
     shift = (box[:, :2] - anchor[:, :2]) / anchor[:, 2:]
-    return torch.cat([shift, (box[:, 2:] / anchor[:, 2:]).log()], dim=1) * box.new_tensor(weights)
+    growth = (box[:, 2:] / anchor[:, 2:]).log()
+    return torch.cat([shift * weights[0], growth * weights[1]], dim=1)
 
 
-def decode_boxes(deltas, anchors_xyxy, weights=(1.0, 1.0, 1.0, 1.0)):
+def decode_boxes(deltas, anchors_xyxy, weights=(1.0, 1.0)):
     """Inverse of encode_boxes, deltas (..., 4); a box is at most 1000/16 times its anchor."""
-    anchor = box_convert(anchors_xyxy, "xyxy", "cxcywh")
-    deltas = deltas.float() / anchor.new_tensor(weights)
-    center = anchor[..., :2] + deltas[..., :2] * anchor[..., 2:]
-    half = anchor[..., 2:] * deltas[..., 2:].clamp(max=math.log(1000 / 16)).exp() / 2
+    anchor, deltas = box_convert(anchors_xyxy, "xyxy", "cxcywh"), deltas.float()
+    center = anchor[..., :2] + deltas[..., :2] / weights[0] * anchor[..., 2:]
+    growth = (deltas[..., 2:] / weights[1]).clamp(max=math.log(1000 / 16))
+    half = anchor[..., 2:] * growth.exp() / 2
     return torch.cat([center - half, center + half], dim=-1)
 
 
@@ -508,7 +520,7 @@ class MaskHead(nn.Module):
         return self.predictor(F.relu(self.deconv(x))).float()  # (R, K, 28, 28)
 
 
-BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+BOX_WEIGHTS = (10.0, 5.0)
 
 
 def rpn_losses(logits, deltas, anchors, targets, batch):
@@ -530,17 +542,17 @@ def rpn_losses(logits, deltas, anchors, targets, batch):
 @torch.no_grad()
 def select_proposals(logits, deltas, anchors, sizes, per_level, total):
     """Top anchors of each level, decoded, clipped, thinned by NMS: (<= total, 4) an image."""
-    proposals = []
-    for i, size in enumerate(sizes):
-        boxes, scores, levels = [], [], []
-        for level, anchor in enumerate(anchors):
-            score, index = logits[level][i].topk(min(per_level, len(anchor)))
-            boxes.append(decode_boxes(deltas[level][i, index], anchor[index]))
-            scores.append(score)
-            levels.append(torch.full_like(index, level))
-        boxes = clip_boxes_to_image(torch.cat(boxes), size)
+    boxes, scores, levels, proposals = [], [], [], []
+    for level, anchor in enumerate(anchors):
+        score, index = logits[level].topk(min(per_level, len(anchor)))  # (B, k)
+        boxes.append(decode_boxes(deltas[level].take_along_dim(index[..., None], 1), anchor[index]))
+        scores.append(score)
+        levels.append(torch.full_like(index, level))
+    found = (torch.cat(part, dim=1) for part in (boxes, scores, levels))  # (B, n, 4), (B, n), (B, n)
+    for boxes, scores, levels, size in zip(*found, sizes, strict=True):
+        boxes = clip_boxes_to_image(boxes, size)
         valid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).nonzero()[:, 0]
-        boxes, scores, levels = boxes[valid], torch.cat(scores)[valid], torch.cat(levels)[valid]
+        boxes, scores, levels = boxes[valid], scores[valid], levels[valid]
         proposals.append(boxes[batched_nms(boxes, scores, levels, 0.7)[:total]])
     return proposals
 

@@ -458,19 +458,23 @@ def retina_anchors(maps, scale):
     return anchors
 
 
-def encode_boxes(boxes_xyxy, anchors_xyxy, weights=(1.0, 1.0, 1.0, 1.0)):
-    """Boxes as weighted offsets (dx, dy, dw, dh) from anchors (R-CNN, arXiv:1311.2524, App. C)."""
+def encode_boxes(boxes_xyxy, anchors_xyxy, weights=(1.0, 1.0)):
+    """Boxes as offsets (dx, dy, dw, dh) from anchors (R-CNN, arXiv:1311.2524, App. C).
+
+    weights: by which (dx, dy) and (dw, dh) are multiplied.
+    """
     box, anchor = (box_convert(b, "xyxy", "cxcywh") for b in (boxes_xyxy, anchors_xyxy))
     shift = (box[:, :2] - anchor[:, :2]) / anchor[:, 2:]
-    return torch.cat([shift, (box[:, 2:] / anchor[:, 2:]).log()], dim=1) * box.new_tensor(weights)
+    growth = (box[:, 2:] / anchor[:, 2:]).log()
+    return torch.cat([shift * weights[0], growth * weights[1]], dim=1)
 
 
-def decode_boxes(deltas, anchors_xyxy, weights=(1.0, 1.0, 1.0, 1.0)):
+def decode_boxes(deltas, anchors_xyxy, weights=(1.0, 1.0)):
     """Inverse of encode_boxes, deltas (..., 4); a box is at most 1000/16 times its anchor."""
-    anchor = box_convert(anchors_xyxy, "xyxy", "cxcywh")
-    deltas = deltas.float() / anchor.new_tensor(weights)
-    center = anchor[..., :2] + deltas[..., :2] * anchor[..., 2:]
-    half = anchor[..., 2:] * deltas[..., 2:].clamp(max=math.log(1000 / 16)).exp() / 2
+    anchor, deltas = box_convert(anchors_xyxy, "xyxy", "cxcywh"), deltas.float()
+    center = anchor[..., :2] + deltas[..., :2] / weights[0] * anchor[..., 2:]
+    growth = (deltas[..., 2:] / weights[1]).clamp(max=math.log(1000 / 16))
+    half = anchor[..., 2:] * growth.exp() / 2
     return torch.cat([center - half, center + half], dim=-1)
 
 

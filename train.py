@@ -640,14 +640,14 @@ def train_step(args, model, optimizer, batches, step):
 
 
 def compile_blocks(net):
-    """Compile the transformer blocks, in place: one text for blocks alike and for every image size.
+    """Compile transformer blocks and convolutional stems, in place and for every image size.
 
-    Of whole models hardly a part stays the same from image to image.
+    Not the whole model: what follows the encoder changes with every image.
     """
     # Blocks differ in width, in drop_path, and whether they learn.
     torch._dynamo.config.cache_size_limit = 256
     for module in net.modules():
-        if "Block" in type(module).__name__:
+        if re.search("Block|ConvStem", type(module).__name__):
             module.compile()
 
 

@@ -184,12 +184,20 @@ def sincos_pos_embed(dim, grid):
 
 
 def resize_grid(table, old_hw, new_hw):
-    """Bicubic resize of a position table (1, h * w, C) from grid old_hw to new_hw."""
+    """Bicubic resize of position tables (L, h * w, C) from grid old_hw to new_hw.
+
+    As two matrix products: torch's own resize of so many channels is slow, on GPUs most of all.
+    """
     if tuple(old_hw) == tuple(new_hw):
         return table
-    table = table.transpose(1, 2).unflatten(2, old_hw)  # (1, C, h, w)
-    table = F.interpolate(table, size=new_hw, mode="bicubic", align_corners=False)
-    return table.flatten(2).transpose(1, 2)  # (1, H * W, C)
+    weights = []
+    for old, new in zip(old_hw, new_hw, strict=True):
+        eye = torch.eye(old, dtype=table.dtype, device=table.device)[None, None]
+        weight = F.interpolate(eye, (new, old), mode="bicubic", align_corners=False)
+        weights.append(weight[0, 0])  # (H, h), (W, w)
+    x = weights[1] @ table.unflatten(1, old_hw)  # (L, h, W, C)
+    x = weights[0] @ x.flatten(2)  # (L, H, W * C)
+    return x.unflatten(2, (new_hw[1], -1)).flatten(1, 2).to(table.dtype)  # (L, H * W, C)
 
 
 def pad_batch(images, multiple):

@@ -109,8 +109,9 @@ def test_anchors_equal_the_released_ones():
     for level, boxes in enumerate(anchors, start=3):
         wanted = golden[f"p{level}"]
         assert list(boxes.shape) == wanted["shape"]
-        torch.testing.assert_close(boxes[:9], torch.tensor(wanted["first9"]), rtol=0, atol=0)
-        torch.testing.assert_close(boxes[-1], torch.tensor(wanted["last"]), rtol=0, atol=0)
+        rtol = 0 if boxes.device.type == "cpu" else 2e-7  # a GPU's roots differ in the last bit
+        torch.testing.assert_close(boxes[:9], torch.tensor(wanted["first9"]), rtol=rtol, atol=0)
+        torch.testing.assert_close(boxes[-1], torch.tensor(wanted["last"]), rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("case", ["losses", "losses_second_image_empty"])

@@ -102,7 +102,7 @@ def test_masks_hide_as_many_patches_as_released_and_whole_squares(case):
     config = replace(base, depths=base.depths[:1], num_heads=base.num_heads[:1], embed_dim=32)
     config = replace(config, num_heads=(1,), depths=(1,), mask_ratio=ratio)
     model = simmim.build(config, 1)
-    masks = model.draw_masks([torch.rand(3, size, size)] * 2, fixed=False)
+    masks = model.draw_masks([torch.rand(3, size, size)] * 2, fixed=False).cpu()
     assert masks.shape[1:] == tuple(golden["shape"])
     assert masks.flatten(1).sum(dim=1).tolist() == golden["sum"]
     scale = mask_patch // patch
