@@ -225,6 +225,23 @@ def group_by_padded_size(images, multiple):
 # --- 3. This paper --------------------------------------------------------------------------------
 
 
+class ImageNorm(nn.GroupNorm):
+    """GroupNorm of one group: all of an image has one mean and one variance (arXiv:1803.08494)."""
+
+    def __init__(self, dim, eps=1e-5):
+        super().__init__(1, dim, eps)
+
+    def forward(self, x):
+        return self.in_parts(x) if x.is_cuda else super().forward(x)
+
+    def in_parts(self, x):
+        """The same for x (B, C, H, W) by all of a GPU: torch's kernel takes one core an image."""
+        x = x.float()
+        var, mean = torch.var_mean(x, (1, 2, 3), correction=0, keepdim=True)
+        scale = self.weight[:, None, None] * (var + self.eps).rsqrt()
+        return torch.addcmul(self.bias[:, None, None] - mean * scale, x, scale)
+
+
 class ConvStem(nn.Module):
     """Four 3x3 convolutions of stride 2 in place of 16x16 patches (MIMDet, Sec. 3.2)."""
 
@@ -236,7 +253,7 @@ class ConvStem(nn.Module):
         self.proj = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False),
-                nn.GroupNorm(1, c_out, eps=1e-6),
+                ImageNorm(c_out, eps=1e-6),
                 nn.GELU(),
             )
             for c_in, c_out in zip(widths[:-1], widths[1:], strict=True)
@@ -340,7 +357,7 @@ class ScaleMap(nn.Sequential):
     def __init__(self, dim, old, new):
         layers = [nn.MaxPool2d(new // old)] if new > old else []
         while old > new:
-            layers += [nn.ConvTranspose2d(dim, dim, 2, 2), nn.GroupNorm(1, dim), nn.GELU()]
+            layers += [nn.ConvTranspose2d(dim, dim, 2, 2), ImageNorm(dim), nn.GELU()]
             old //= 2
         super().__init__(*layers)
 
@@ -548,12 +565,19 @@ def select_proposals(logits, deltas, anchors, sizes, per_level, total):
         boxes.append(decode_boxes(deltas[level].take_along_dim(index[..., None], 1), anchor[index]))
         scores.append(score)
         levels.append(torch.full_like(index, level))
-    found = (torch.cat(part, dim=1) for part in (boxes, scores, levels))  # (B, n, 4), (B, n), (B, n)
+    found = (
+        torch.cat(part, dim=1) for part in (boxes, scores, levels)
+    )  # (B, n, 4), (B, n), (B, n)
     for boxes, scores, levels, size in zip(*found, sizes, strict=True):
         boxes = clip_boxes_to_image(boxes, size)
         valid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).nonzero()[:, 0]
         boxes, scores, levels = boxes[valid], scores[valid], levels[valid]
-        proposals.append(boxes[batched_nms(boxes, scores, levels, 0.7)[:total]])
+        for best in (3 * total, len(scores)):  # who survives depends on the better boxes alone
+            keep = scores.topk(min(best, len(scores))).indices
+            keep = keep[batched_nms(boxes[keep], scores[keep], levels[keep], 0.7)[:total]]
+            if len(keep) == total:
+                break
+        proposals.append(boxes[keep])
     return proposals
 
 

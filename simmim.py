@@ -320,7 +320,8 @@ class RelativePositionBias(nn.Module):
         self.register_buffer("relative_position_index", index, persistent=False)
 
     def forward(self):
-        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        bias = self.relative_position_bias_table[self.relative_position_index]  # (N, N, h)
+        return bias.permute(2, 0, 1).contiguous()  # or a GPU's attention is not the fused one
 
 
 class BEiTAttention(nn.Module):

@@ -118,6 +118,37 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert drop.eval()(x) is x
 
 
+@pytest.mark.parametrize("spread", [1.0, 400.0])  # nearly all overlap; hardly any do
+def test_proposals_are_the_first_survivors_of_all(spread):
+    corners = spread * torch.rand(300, 2)
+    anchors = [torch.cat([corners, corners + 20 + 10 * torch.rand(300, 2)], dim=1) for _ in "ab"]
+    logits = [torch.randn(2, 300) for _ in anchors]
+    deltas = [torch.zeros(2, 300, 4) for _ in anchors]
+    found = mimdet.select_proposals(logits, deltas, anchors, [(500, 500)] * 2, 250, 40)
+    for i, boxes in enumerate(found):
+        best = [level[i].topk(250) for level in logits]
+        every = torch.cat([a[top.indices] for a, top in zip(anchors, best, strict=True)])
+        scores = torch.cat([top.values for top in best])
+        levels = torch.arange(2).repeat_interleave(250)
+        keep = mimdet.batched_nms(every, scores, levels, 0.7)
+        torch.testing.assert_close(boxes, every[keep][:40], atol=1e-4, rtol=0)
+        assert len(boxes) == 40 or spread == 1
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_norm_in_parts_is_the_norm(batch):
+    norm, x = mimdet.ImageNorm(6, eps=1e-6), 2 + 3 * torch.randn(batch, 6, 9, 5)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    weight, results = torch.randn_like(x), []
+    for forward in (norm, norm.in_parts):
+        leaf = x.clone().requires_grad_()
+        out = forward(leaf)
+        grads = torch.autograd.grad((out * weight).sum(), [leaf, norm.weight, norm.bias])
+        results.append([out, *grads])
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+    assert norm.in_parts(x.bfloat16()).dtype == torch.float32  # as under autocast
+
+
 def test_boxes_survive_encoding_and_decoding():
     anchors = torch.tensor([[0.0, 0, 10, 20], [5, 5, 50, 30]])
     boxes = torch.tensor([[3.0, 2, 9, 40], [0, 0, 60, 60]])

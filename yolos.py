@@ -142,6 +142,23 @@ class PatchEmbed(nn.Module):
         return self.proj(x)
 
 
+class ImageNorm(nn.GroupNorm):
+    """GroupNorm of one group: all of an image has one mean and one variance (arXiv:1803.08494)."""
+
+    def __init__(self, dim, eps=1e-5):
+        super().__init__(1, dim, eps)
+
+    def forward(self, x):
+        return self.in_parts(x) if x.is_cuda else super().forward(x)
+
+    def in_parts(self, x):
+        """The same for x (B, C, H, W) by all of a GPU: torch's kernel takes one core an image."""
+        x = x.float()
+        var, mean = torch.var_mean(x, (1, 2, 3), correction=0, keepdim=True)
+        scale = self.weight[:, None, None] * (var + self.eps).rsqrt()
+        return torch.addcmul(self.bias[:, None, None] - mean * scale, x, scale)
+
+
 class ConvStem(nn.Module):
     """Four 3x3 convolutions of stride 2 in place of 16x16 patches (MIMDet, Sec. 3.2)."""
 
@@ -153,7 +170,7 @@ class ConvStem(nn.Module):
         self.proj = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False),
-                nn.GroupNorm(1, c_out, eps=1e-6),
+                ImageNorm(c_out, eps=1e-6),
                 nn.GELU(),
             )
             for c_in, c_out in zip(widths[:-1], widths[1:], strict=True)
