@@ -1175,6 +1175,20 @@ def test_a_linear_probe_trains_the_classifier_alone(encoder):
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.head.parameters()}
 
 
+@pytest.mark.parametrize("task", ["pretrain", "classify"])
+def test_the_bias_of_beit_is_one_that_fused_attention_takes(task, monkeypatch):
+    masks, attend = [], F.scaled_dot_product_attention
+
+    def look(q, k, v, attn_mask):
+        masks.append(attn_mask)
+        return attend(q, k, v, attn_mask)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", look)
+    net = simmim_model("beit", task=task)
+    net.encoder(torch.rand(1, 3, 64, 64))
+    assert masks and all(mask.ndim == 4 and mask.stride(3) == 1 for mask in masks)
+
+
 def test_initial_weights_of_beit_are_the_released_ones():
     torch.manual_seed(0)
     for task, cut in (("pretrain", 0.02), ("classify", 0.2)):

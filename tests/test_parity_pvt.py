@@ -109,7 +109,7 @@ def test_anchors_equal_the_released_ones():
     for level, boxes in enumerate(anchors, start=3):
         wanted = golden[f"p{level}"]
         assert list(boxes.shape) == wanted["shape"]
-        rtol = 0 if boxes.device.type == "cpu" else 2e-7  # a GPU's roots differ in the last bit
+        rtol = 0 if boxes.device.type == "cpu" else 1e-6  # a GPU rounds roots otherwise
         torch.testing.assert_close(boxes[:9], torch.tensor(wanted["first9"]), rtol=rtol, atol=0)
         torch.testing.assert_close(boxes[-1], torch.tensor(wanted["last"]), rtol=rtol, atol=0)
 
