@@ -190,9 +190,11 @@ def resize_grid(table, old_hw, new_hw):
         eye = torch.eye(old, dtype=table.dtype, device=table.device)[None, None]
         weight = F.interpolate(eye, (new, old), mode="bicubic", align_corners=False)
         weights.append(weight[0, 0])  # (H, h), (W, w)
-    x = weights[1] @ table.unflatten(1, old_hw)  # (L, h, W, C)
-    x = weights[0] @ x.flatten(2)  # (L, H, W * C)
-    return x.unflatten(2, (new_hw[1], -1)).flatten(1, 2).to(table.dtype)  # (L, H * W, C)
+    device = "cpu" if table.is_meta else table.device.type  # no autocast is known of "meta"
+    with torch.autocast(device, enabled=False):  # bf16 would round the positions
+        x = weights[1] @ table.unflatten(1, old_hw)  # (L, h, W, C)
+        x = weights[0] @ x.flatten(2)  # (L, H, W * C)
+    return x.unflatten(2, (new_hw[1], -1)).flatten(1, 2)  # (L, H * W, C)
 
 
 def pad_batch(images, multiple):
@@ -565,15 +567,14 @@ def select_proposals(logits, deltas, anchors, sizes, per_level, total):
         boxes.append(decode_boxes(deltas[level].take_along_dim(index[..., None], 1), anchor[index]))
         scores.append(score)
         levels.append(torch.full_like(index, level))
-    found = (
-        torch.cat(part, dim=1) for part in (boxes, scores, levels)
-    )  # (B, n, 4), (B, n), (B, n)
-    for boxes, scores, levels, size in zip(*found, sizes, strict=True):
+    parts = (torch.cat(part, dim=1) for part in (boxes, scores, levels))
+    for boxes, scores, levels, size in zip(*parts, sizes, strict=True):  # (n, 4), (n,), (n,)
         boxes = clip_boxes_to_image(boxes, size)
         valid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).nonzero()[:, 0]
         boxes, scores, levels = boxes[valid], scores[valid], levels[valid]
-        for best in (3 * total, len(scores)):  # who survives depends on the better boxes alone
-            keep = scores.topk(min(best, len(scores))).indices
+        # Who survives depends on better boxes alone: mostly the first few leave enough.
+        for best in sorted({min(3 * total, len(scores)), len(scores)}):
+            keep = scores.topk(best).indices
             keep = keep[batched_nms(boxes[keep], scores[keep], levels[keep], 0.7)[:total]]
             if len(keep) == total:
                 break

@@ -621,6 +621,8 @@ def test_position_tables_are_resized_by_grid_and_not_by_count():
     grid = table[:, 1:25].transpose(1, 2).unflatten(2, (4, 6))
     grid = F.interpolate(grid, size=(6, 4), mode="bicubic", align_corners=False)
     torch.testing.assert_close(turned[:, 1:25], grid.flatten(2).transpose(1, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(yolos.positions_for(table, (4, 6), [(6, 4)])[:, 0], turned)
     assert torch.equal(turned[:, 0], table[:, 0]) and torch.equal(turned[:, 25:], table[:, 25:])
 
 
