@@ -191,7 +191,7 @@ def resize_grid(table, old_hw, new_hw):
         weight = F.interpolate(eye, (new, old), mode="bicubic", align_corners=False)
         weights.append(weight[0, 0])  # (H, h), (W, w)
     device = "cpu" if table.is_meta else table.device.type  # no autocast is known of "meta"
-    with torch.autocast(device, enabled=False):  # bf16 would round the positions
+    with torch.autocast(device, enabled=False):  # bf16 would round positions
         x = weights[1] @ table.unflatten(1, old_hw)  # (L, h, W, C)
         x = weights[0] @ x.flatten(2)  # (L, H, W * C)
     return x.unflatten(2, (new_hw[1], -1)).flatten(1, 2)  # (L, H * W, C)
@@ -237,7 +237,7 @@ class ImageNorm(nn.GroupNorm):
         return self.in_parts(x) if x.is_cuda else super().forward(x)
 
     def in_parts(self, x):
-        """The same for x (B, C, H, W) by all of a GPU: torch's kernel takes one core an image."""
+        """The same for x (B, C, H, W) by all of a GPU, where torch's takes one core an image."""
         x = x.float()
         var, mean = torch.var_mean(x, (1, 2, 3), correction=0, keepdim=True)
         scale = self.weight[:, None, None] * (var + self.eps).rsqrt()
@@ -572,7 +572,7 @@ def select_proposals(logits, deltas, anchors, sizes, per_level, total):
         boxes = clip_boxes_to_image(boxes, size)
         valid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).nonzero()[:, 0]
         boxes, scores, levels = boxes[valid], scores[valid], levels[valid]
-        # Who survives depends on better boxes alone: mostly the first few leave enough.
+        # Who survives depends on better boxes alone: mostly the best 3 * total leave enough.
         for best in sorted({min(3 * total, len(scores)), len(scores)}):
             keep = scores.topk(best).indices
             keep = keep[batched_nms(boxes[keep], scores[keep], levels[keep], 0.7)[:total]]

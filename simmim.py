@@ -205,7 +205,7 @@ def resize_grid(table, old_hw, new_hw):
         weight = F.interpolate(eye, (new, old), mode="bicubic", align_corners=False)
         weights.append(weight[0, 0])  # (H, h), (W, w)
     device = "cpu" if table.is_meta else table.device.type  # no autocast is known of "meta"
-    with torch.autocast(device, enabled=False):  # bf16 would round the positions
+    with torch.autocast(device, enabled=False):  # bf16 would round positions
         x = weights[1] @ table.unflatten(1, old_hw)  # (L, h, W, C)
         x = weights[0] @ x.flatten(2)  # (L, H, W * C)
     return x.unflatten(2, (new_hw[1], -1)).flatten(1, 2)  # (L, H * W, C)

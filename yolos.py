@@ -152,7 +152,7 @@ class ImageNorm(nn.GroupNorm):
         return self.in_parts(x) if x.is_cuda else super().forward(x)
 
     def in_parts(self, x):
-        """The same for x (B, C, H, W) by all of a GPU: torch's kernel takes one core an image."""
+        """The same for x (B, C, H, W) by all of a GPU, where torch's takes one core an image."""
         x = x.float()
         var, mean = torch.var_mean(x, (1, 2, 3), correction=0, keepdim=True)
         scale = self.weight[:, None, None] * (var + self.eps).rsqrt()
@@ -213,7 +213,7 @@ def resize_grid(table, old_hw, new_hw):
         weight = F.interpolate(eye, (new, old), mode="bicubic", align_corners=False)
         weights.append(weight[0, 0])  # (H, h), (W, w)
     device = "cpu" if table.is_meta else table.device.type  # no autocast is known of "meta"
-    with torch.autocast(device, enabled=False):  # bf16 would round the positions
+    with torch.autocast(device, enabled=False):  # bf16 would round positions
         x = weights[1] @ table.unflatten(1, old_hw)  # (L, h, W, C)
         x = weights[0] @ x.flatten(2)  # (L, H, W * C)
     return x.unflatten(2, (new_hw[1], -1)).flatten(1, 2)  # (L, H * W, C)

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import conftest  # noqa: F401  (finds the project when torchrun starts this file)
@@ -614,10 +615,28 @@ def test_blocks_are_compiled_for_all_sizes_of_images(model, settings, monkeypatc
     assert (len(graphs) == before) == for_all and before > 0
 
 
+def test_compiled_blocks_of_several_processes_train(monkeypatch):
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(  # traces both passes, as the real compiler does
+        torch.nn.Module, "compile", lambda part: original(part, backend="aot_eager")
+    )
+    config = replace(mimdet.CONFIGS["nano"], drop_path=0.2)
+    train.dist.init_process_group("gloo", store=train.dist.HashStore(), rank=0, world_size=1)
+    try:
+        net = mimdet.build(config, 6)
+        train.compile_blocks(net)
+        model = torch.nn.parallel.DistributedDataParallel(net)
+        for size in [(64, 96), (96, 64), (128, 96)]:
+            assert math.isfinite(loss_of_step(model, size))
+    finally:
+        train.dist.destroy_process_group()
+
+
 def loss_of_step(net, size):
     """The sum of the losses of two pictures of this size with an object each."""
     torch.manual_seed(0)
-    size = (net.config.img_size,) * 2 if hasattr(net.config, "img_size") else size
+    side = getattr(getattr(net, "config", None), "img_size", None)
+    size = (side, side) if side else size
     images = [torch.rand(3, *size) for _ in range(2)]
     masks = torch.rand(1, *size) < 0.5
     target = dict(boxes=torch.tensor([[4.0, 4, 30, 24]]), labels=torch.tensor([2]), masks=masks)

@@ -242,6 +242,13 @@ def test_benchmark_prints_speed_memory_and_share_of_peak(shapes, capsys, monkeyp
         assert cost["yolos"] > blocks / 1e9
 
 
+def test_benchmark_counts_images_that_batchnorm_does_not_take_alone(shapes, capsys):
+    args = ("--data", shapes, "--steps", 1, "--workers", 0, "--batch-size", 3, "--benchmark")
+    assert run(*args, "--set", *TINY, "sizes=30", "max_size=30") == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["batch"] for row in rows] == [3, 3, 3] and rows[1]["gflop"] > 0
+
+
 def test_init_says_what_became_of_every_tensor(finished, shapes, tmp_path, capsys):
     args = ("--data", shapes, "--steps", 1)
     assert run(*args, "--out", tmp_path / "a", "--init", finished / "best.pt") == 0
