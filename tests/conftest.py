@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", help="of tests/test_parity_*.py: a GPU, say cuda")
+    parser.addoption("--device", default="cpu", help="of tests/test_parity_[!t]*.py, say cuda")
 
 
 def pytest_configure(config):
