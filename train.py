@@ -987,8 +987,9 @@ def measure(args, peak, name, size):
 
     rows = []
     for work in (forward, step):
-        # In plain formulas: the counter does not know every fused or compiled kernel. By twos, for
-        # attention written out may not fit, and BatchNorm not take one; so padding counts less.
+        # In plain formulas: the counter does not know every fused or compiled kernel. In pairs:
+        # all attention written out at once may not fit, one image may be too few for BatchNorm.
+        # So padding counts as far as a pair has it.
         eager = torch.compiler.set_stance("force_eager")
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), eager:
             for i in range(parts := max(1, len(images) // 2)):
