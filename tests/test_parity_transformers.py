@@ -19,7 +19,7 @@ if not transformers.__version__.startswith("5.23"):
     pytest.skip("transformers is another one than 5.23", allow_module_level=True)
 
 NAMES = [  # port -> released, in this order
-    (r"^(vit|swin|pvt|pvt_v2|beit)\.", ""),
+    (r"^(vit|swin|swinv2|pvt|pvt_v2|beit)\.", ""),
     (r"^encoder\.(?=block|layer)", ""),
     (r"(layernorm|layer_norm)_(before|1)", "norm1"),
     (r"(layernorm|layer_norm)_(after|2)", "norm2"),
@@ -47,6 +47,23 @@ PVT_NAMES = [
     (r"^layers\.(\d)\.blocks", r"block<\1>"),
     (r"^layers\.(\d)\.norm", r"norm<\1>"),
 ]
+DETR_NAMES = [
+    (r"^model\.backbone\.model\.", ""),
+    *PVT_NAMES,
+    (r"^model\.(encoder|decoder)\.layers", r"head.\1"),
+    (r"^model\.decoder\.norm", "head.norm"),
+    (r"^model\.query_position_embeddings\.weight", "head.query_embed"),
+    (r"^model\.", "head."),
+    (r"^class_labels_classifier", "head.class_embed"),
+    (r"^bbox_predictor", "head.bbox_embed"),
+    (r"self_attn_norm", "norms.0"),
+    (r"encoder_attn_norm", "norms.1"),
+    (r"^(head\.encoder\.\d)\.final_norm", r"\1.norms.1"),
+    (r"final_norm", "norms.2"),
+    (r"encoder_attn\.", "cross_attn."),
+    (r"attn\.o_proj", "attn.out_proj"),
+    (r"^(head\..*)mlp\.fc", r"\1linear"),
+]
 YOLOS_NAMES = [
     *NAMES,
     (r"^embeddings\.patch_embeddings", "patch_embed"),
@@ -63,6 +80,7 @@ SWIN_NAMES = [
     *NAMES,
     (r"^embeddings\.patch_embeddings", "patch_embed"),
     (r"^embeddings\.norm", "patch_embed.norm"),
+    (r"continuous_position_bias_mlp", "cpb_mlp"),
     (r"^embeddings\.", ""),
     (r"^(?!decoder)", "encoder."),
 ]
@@ -94,7 +112,8 @@ def port(build, config, names, joined):
             name = re.sub(pattern, replacement, name)
         state[re.sub(r"<(\d)>", lambda m: str(int(m[1]) + 1), name)] = value
     for name in [name for name in state if f".{joined[0]}." in name]:
-        parts = [state.pop(name.replace(f".{joined[0]}.", f".{part}.")) for part in joined]
+        none = torch.zeros_like(state[name])  # SwinV2's keys have no bias
+        parts = [state.pop(name.replace(f".{joined[0]}.", f".{x}."), none) for x in joined]
         state[name.replace(f".{joined[0]}.", f".{joined}.")] = torch.cat(parts)
     return model, state
 
@@ -131,11 +150,15 @@ def test_pvt_v2(variant):
         num_labels=1000,
     )
     theirs, state = port(transformers.PvtV2ForImageClassification, config, PVT_NAMES, "kv")
-    for name, module in theirs.named_modules():
-        if name.endswith(("attention.layer_norm", "patch_embedding.layer_norm")):
-            module.eps = 1e-5  # as released; the port has 1e-6 everywhere
+    released_eps(theirs)
     for size in ((224, 224), (160, 256)):
         same_logits(variant, theirs, state, size)
+
+
+def released_eps(model):
+    for name, module in model.named_modules():
+        if name.endswith(("attention.layer_norm", "patch_embedding.layer_norm")):
+            module.eps = 1e-5  # the port of PVT v2 has 1e-6 everywhere
 
 
 def same_logits(variant, theirs, state, size):
@@ -143,6 +166,48 @@ def same_logits(variant, theirs, state, size):
     ours = pvt.build(config, 1000).eval()
     ours.load_state_dict(pvt.from_official(state, config))
     close(ours.head(ours.backbone(x), None), theirs(x).logits)
+
+
+@torch.no_grad()
+def test_pvts_detr():
+    """PVT v2-B0 with DETR's head, of two images one padded: answers and losses of all layers."""
+    config = transformers.DetrConfig(
+        backbone_config=transformers.PvtV2Config(
+            hidden_sizes=(32, 64, 160, 256), depths=DEPTHS["tiny"], out_features=["stage4"]
+        ),
+        num_labels=80,
+    )
+    theirs, state = port(transformers.DetrForObjectDetection, config, DETR_NAMES, "kv")
+    released_eps(theirs)
+    for name in [name for name in state if name.startswith("head.") and ".kv." in name]:
+        q, kv = state.pop(name.replace(".kv.", ".q.")), state.pop(name)
+        state[name.replace(".kv.", ".in_proj_")] = torch.cat([q, kv])
+    c = replace(pvt.CONFIGS["v2_b0"], head="detr")
+    head = {name: state.pop(name) for name in list(state) if name.startswith("head.")}
+    ours = pvt.build(c, 80).eval()
+    ours.load_state_dict(pvt.from_official(state, c) | head)
+    x, sizes = pvt.pad_batch([torch.rand(3, 192, 256), torch.rand(3, 128, 224)], 32)
+    real = torch.zeros(2, 192, 256, dtype=torch.long)
+    labels, targets = [], []
+    for pixels, (h, w), count in zip(real, sizes, (3, 5), strict=True):
+        pixels[:h, :w] = 1
+        boxes = pvt.box_convert(0.1 + 0.3 * torch.rand(count, 4), "xywh", "xyxy")
+        classes = torch.randint(80, (count,))
+        centred = pvt.box_convert(boxes, "xyxy", "cxcywh")
+        labels.append(dict(class_labels=classes, boxes=centred))
+        targets.append(dict(labels=classes, boxes=boxes * torch.tensor([w, h, w, h])))
+    decoder, tokens = theirs.model.decoder, []
+    for layer in decoder.layers:  # with auxiliary_loss the port's next layer begins with the norm
+        layer.register_forward_hook(lambda *args: tokens.append(decoder.layernorm(args[-1])))
+    theirs(x, real)
+    outputs, wanted_loss = ours.head(ours.backbone(x), sizes), 0
+    for (logits, boxes), each in zip(outputs[0], tokens, strict=True):
+        wanted = theirs.class_labels_classifier(each), theirs.bbox_predictor(each).sigmoid()
+        close(logits, wanted[0])
+        close(boxes, wanted[1])
+        wanted_loss += theirs.loss_function(wanted[0], labels, "cpu", wanted[1], config)[0]
+    loss = sum(ours.head.loss(outputs, targets, sizes).values())
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -170,12 +235,19 @@ def test_yolos(variant, grid):
         close(boxes, wanted.pred_boxes)
 
 
-@pytest.mark.parametrize(("variant", "size"), [("swin_base", 192), ("swin_large", 384)])
+NARROW = dict(embed_dim=64, num_heads=(2, 4, 8, 16))  # else SwinV2-H takes 3 GB twice
+
+
+@pytest.mark.parametrize(
+    ("variant", "size", "change"),
+    [("swin_base", 192, {}), ("swin_large", 384, {}), ("swinv2_h", 192, NARROW)],
+)
 @torch.no_grad()
-def test_simmim(variant, size):
+def test_simmim(variant, size, change):
     """Swin-L at 384 pixels: at 192 the released code shrinks the last window, the port does not."""
-    c = replace(simmim.CONFIGS[variant], img_size=size)
-    config = transformers.SwinConfig(
+    c = replace(simmim.CONFIGS[variant], img_size=size, **change)
+    port_name = variant.partition("_")[0].capitalize()  # Swin or Swinv2
+    config = getattr(transformers, f"{port_name}Config")(
         image_size=size,
         embed_dim=c.embed_dim,
         depths=c.depths,
@@ -183,11 +255,12 @@ def test_simmim(variant, size):
         window_size=c.window,
         drop_path_rate=0.0,
     )
-    theirs, state = port(transformers.SwinForMaskedImageModeling, config, SWIN_NAMES, "qkv")
+    build = getattr(transformers, f"{port_name}ForMaskedImageModeling")
+    theirs, state = port(build, config, SWIN_NAMES, "qkv")
     state = {k: v for k, v in state.items() if not k.endswith("relative_position_index")}
     ours = simmim.build(c, 80).eval()
     missing, unexpected = ours.load_state_dict(simmim.from_official(state, c), strict=False)
-    assert not unexpected and all(key.endswith("relative_position_index") for key in missing)
+    assert not unexpected and all("relative_" in key for key in missing)  # made with the model
     images = torch.rand(2, 3, size, size)
     cells = torch.rand(2, size // 32, size // 32) < 0.6
     mask = cells.repeat_interleave(8, 1).repeat_interleave(8, 2)
