@@ -2,7 +2,7 @@
 
 Flow: folder -> CocoDataset -> Transform -> batches -> collate -> images, targets -> model
       -> to_results -> evaluate (average precision) and draw (pictures)
-Labels are 0..K-1 in the order of the json's categories; to_results maps them back to category ids.
+Labels are 0..K-1 in the order of the json's category ids; to_results maps them back to the ids.
 """
 
 import contextlib
@@ -250,6 +250,7 @@ class CocoDataset(Dataset):
         self.transform = transform
         images, categories, annotations = read_annotations(self.file)
         self.images = images[:limit]
+        categories = sorted(categories, key=lambda c: c["id"])  # as in released weights
         self.classes = classes or [{"id": c["id"], "name": c["name"]} for c in categories]
         names = {c["id"]: c["name"] for c in self.classes}
         for c in categories:

@@ -40,7 +40,7 @@ def real_coco():
 def write_coco(tmp_path):
     """Write a data set in the export layout: annotations, and images (3, H, W) by file name."""
 
-    def write(annotations, images, categories=((7, "cat"), (3, "dog")), split="train"):
+    def write(annotations, images, categories=((9, "dog"), (7, "cat")), split="train"):
         folder = tmp_path / "set" / split
         folder.mkdir(parents=True, exist_ok=True)
         rows = []

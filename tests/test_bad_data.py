@@ -66,7 +66,7 @@ def data_set(write_coco):
             bbox, polygon = [5 + x, 6, 15, 20], [v + x * (k % 2 == 0) for k, v in enumerate(SQUARE)]
             if size != (40, 60):
                 bbox, polygon = [0, 0, w, h], [0, 0, w, 0, w, h, 0, h]
-            rows.append(annotation(len(rows) + 1, bbox, 3 if x else 7, i, segmentation=[polygon]))
+            rows.append(annotation(len(rows) + 1, bbox, 9 if x else 7, i, segmentation=[polygon]))
         for split in ("train", "valid"):
             root = write_coco(rows, images, split=split)
             file = root / split / "_annotations.coco.json"
@@ -115,8 +115,8 @@ NAN, INF = float("nan"), float("inf")
         (first("images", file_name="x" * 5000), "cannot read image .no such file"),
         (first("images", file_name="a\0b\nc"), "cannot read image .no such file"),
         (first("categories", id="7"), "category 7 has no whole number as id"),
-        (first("categories", id=3), "two of its categories have the same id"),
-        (first("categories", name=5), "category 7 has no text as name"),
+        (first("categories", id=7), "two of its categories have the same id"),
+        (first("categories", name=5), "category 9 has no text as name"),
         (first("annotations", image_id="0"), "annotation 1 has no whole number as image_id"),
         (first("annotations", category_id=[7]), "annotation 1 has no whole number as category_id"),
         (first("annotations", bbox=None), NUMBERLESS),
@@ -219,7 +219,7 @@ def extras_are_null(data):
 
 
 def gaps(data):
-    data["categories"] = [dict(id=i, name=str(i)) for i in (7, 90000, 3, 0, -4)]
+    data["categories"] = [dict(id=i, name=str(i)) for i in (7, 90000, 9, 0, -4)]
 
 
 def lvis(data):
@@ -228,7 +228,7 @@ def lvis(data):
 
 
 def one_category(data):
-    data["categories"] = data["categories"][:1]
+    data["categories"] = data["categories"][1:]
     for a in data["annotations"]:
         a["category_id"] = 7
 
@@ -257,7 +257,7 @@ def crowded(data):
             "7 objects, 2 classes; 1 annotations of unknown images or categories dropped",
         ),
         (
-            first("annotations", category_id=9),
+            first("annotations", category_id=3),
             "7 objects, 2 classes; 1 annotations of unknown images or categories dropped",
         ),
     ],

@@ -31,7 +31,7 @@ def test_labels_are_contiguous_boxes_clipped_and_bad_ones_counted(write_coco):
     root = write_coco(
         [
             annotation(0, [10, 10, 20, 20], 7),
-            annotation(1, [50, 30, 20, 20], 3),
+            annotation(1, [50, 30, 20, 20], 9),
             annotation(2, [5, 5, 0, 10]),
             annotation(3, [70, 5, 5, 5]),
             annotation(
@@ -333,11 +333,11 @@ def test_the_truth_scores_one_and_nothing_scores_zero(shapes, capsys):
 
 def test_evaluation_needs_no_info_area_or_iscrowd_and_ids_may_start_at_zero(write_coco):
     root = write_coco(
-        [annotation(0, [5, 10, 10, 20]), annotation(1, [30, 5, 20, 20], 3)], {"a.png": GREY}
+        [annotation(0, [5, 10, 10, 20]), annotation(1, [30, 5, 20, 20], 9)], {"a.png": GREY}
     )
     dataset = coco.CocoDataset(root, "train")
     results = truth_as_results(dataset)
-    assert [r["category_id"] for r in results] == [7, 3]
+    assert [r["category_id"] for r in results] == [7, 9]
     metrics = coco.evaluate(dataset, results)
     assert metrics["AP"] == pytest.approx(1) and metrics["APl"] == -1 and "mask_AP" not in metrics
     half = coco.evaluate(dataset, results[:1])
@@ -351,14 +351,13 @@ def test_limit_evaluates_on_those_images_only(shapes):
 
 def test_classes_of_training_fix_the_labels_of_evaluation(write_coco):
     write_coco([annotation(0, [5, 10, 10, 20])], {"a.png": GREY})
-    root = write_coco(
-        [annotation(0, [5, 10, 10, 20])], {"a.png": GREY}, [(3, "dog"), (7, "cat")], "valid"
-    )
+    root = write_coco([annotation(0, [5, 10, 10, 20], 9)], {"a.png": GREY}, [(9, "dog")], "valid")
     train = coco.CocoDataset(root, "train")
-    assert coco.CocoDataset(root, "val", classes=train.classes)[0][1]["labels"].tolist() == [0]
+    assert train.classes == [dict(id=7, name="cat"), dict(id=9, name="dog")]  # sorted by id
+    assert coco.CocoDataset(root, "val", classes=train.classes)[0][1]["labels"].tolist() == [1]
     horses = [dict(id=7, name="horse")]
     with pytest.raises(DataError, match="category 7 is cat, but horse where the model was trained"):
-        coco.CocoDataset(root, "val", classes=horses)
+        coco.CocoDataset(root, "train", classes=horses)
 
 
 def test_broken_annotations_are_said(write_coco):
@@ -469,7 +468,7 @@ def test_objects_become_square_pictures(write_coco):
     picture = torch.arange(2400, dtype=torch.int32).reshape(40, 60) % 251
     picture = picture.to(torch.uint8).expand(3, 40, 60)
     boxes = [[10, 10, 20, 20], [20, 5, 10, 30], [50, 2, 10, 4], [5.5, 3.5, 3, 3], [0, 10, 60, 10]]
-    rows = [annotation(i, box, 3 if i else 7) for i, box in enumerate(boxes)]
+    rows = [annotation(i, box, 9 if i else 7) for i, box in enumerate(boxes)]
     dataset = coco.ObjectCrops(write_coco(rows, {"a.png": picture}), "train")
     assert len(dataset) == 5 and dataset[0][1]["labels"].tolist() == [0]
     windows = [(10, 30, 10, 30), (5, 35, 10, 40), (0, 10, 50, 60), (3, 7, 5, 9), (0, 40, 0, 60)]
@@ -490,7 +489,7 @@ def test_pictures_of_objects_get_one_size(write_coco):
 
 
 def test_a_classifier_is_judged_by_the_share_it_names_rightly(write_coco):
-    rows = [annotation(i, [10, 10, 20, 20], c) for i, c in enumerate((7, 7, 3))]
+    rows = [annotation(i, [10, 10, 20, 20], c) for i, c in enumerate((7, 7, 9))]
     dataset = coco.ObjectCrops(write_coco(rows, {"a.png": GREY}), "train")
     logits = torch.tensor([[2.0, 0], [0, 2], [0, 2]])  # the second is wrong
     results = [
@@ -498,13 +497,13 @@ def test_a_classifier_is_judged_by_the_share_it_names_rightly(write_coco):
         for i in range(3)
         for result in coco.to_results(dataset, dataset[i][1], dict(logits=logits[i]))
     ]
-    assert [r["category_id"] for r in results] == [7, 3, 3]
+    assert [r["category_id"] for r in results] == [7, 9, 9]
     assert coco.evaluate(dataset, results) == {"top1": pytest.approx(2 / 3)}
 
 
 def test_pixels_have_the_class_of_the_smallest_object(write_coco):
     rows = [
-        square_annotation(0, 20, 10, 30, 20, 3),
+        square_annotation(0, 20, 10, 30, 20, 9),
         square_annotation(1, 10, 5, 40, 35, 7),
         square_annotation(2, 0, 0, 15, 40, 7, iscrowd=1),
     ]
