@@ -149,6 +149,16 @@ def test_a_norm_in_parts_is_the_norm(batch):
     assert norm.in_parts(x.bfloat16()).dtype == torch.float32  # as under autocast
 
 
+def test_a_norm_is_computed_in_parts_on_gpus_alone(monkeypatch):
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(mimdet.ImageNorm, "in_parts", lambda self, x: "in parts")
+    norm, x = mimdet.ImageNorm(6), torch.randn(1, 6, 4, 4)
+    assert norm(x.as_subclass(OnGpu)) == "in parts"
+    assert norm(x).shape == x.shape
+
+
 def test_boxes_survive_encoding_and_decoding():
     anchors = torch.tensor([[0.0, 0, 10, 20], [5, 5, 50, 30]])
     boxes = torch.tensor([[3.0, 2, 9, 40], [0, 0, 60, 60]])

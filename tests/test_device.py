@@ -3,6 +3,8 @@
 What is not tried: the GPU's own kernels, their rounding, autocast and compilation.
 """
 
+import argparse
+
 import pytest
 import torch
 from test_runs import SETTINGS, log_without_speed, one_thread, run, same  # noqa: F401
@@ -179,3 +181,25 @@ def test_what_was_found_elsewhere_is_drawn_told_and_written_here(shapes, machine
     semantic = torch.ones(target["size"], dtype=torch.long, device=ELSEWHERE)
     assert coco.draw(image, {"semantic": semantic}, dataset.classes).device.type == "cpu"
     assert coco.describe({"semantic": semantic}, dataset.classes) == "square 100%"
+
+
+def test_batches_reach_a_gpu_from_pinned_memory_while_the_cpu_goes_on(shapes):
+    """`pin_memory` and `non_blocking` change nothing but time: here they are looked at."""
+    dataset = coco.CocoDataset(shapes, "val")
+    args = argparse.Namespace(device=ELSEWHERE, workers=0, batch_size=2)
+    assert train.make_loader(args, dataset, [0, 1]).pin_memory
+    args.device = torch.device("cpu")
+    (batch,) = loader = train.make_loader(args, dataset, [0, 1])
+    assert not loader.pin_memory
+    moved = []
+
+    class Moves(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.to and ELSEWHERE in args:
+                moved.append(kwargs["non_blocking"])
+                return args[0]
+            return func(*args, **kwargs or {})
+
+    with Moves():
+        train.to_device(batch, ELSEWHERE)
+    assert moved == 8 * [True]  # of two pictures: pixels, boxes, labels, masks
