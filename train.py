@@ -44,6 +44,7 @@ from coco import DataError
 
 MODELS = {"simmim": simmim, "mimdet": mimdet, "yolos": yolos, "pvt": pvt}
 EVALUATIONS = 4  # a run
+SIZES = (128, 192, 256)  # pixels of the short side, for --benchmark all
 SAVE_SECONDS = 600  # last.pt is written at every evaluation and at least this often
 
 # --- 1. Arguments ---------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ def parse_value(name, text, old):
         return type(old)(text)
     if name == "schedule" and text.isalpha() or (isinstance(old, str) and not text[0].isdigit()):
         return text
-    return tuple(float(x) if "." in x else int(x) for x in text.split(",") if x)
+    return tuple(float(x) if "." in x or "e-" in x else int(x) for x in text.split(",") if x)
 
 
 def override(settings, *tables, where="--set"):
@@ -228,7 +229,7 @@ def choose_device(name, local_rank):
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"--device {name}: give cuda, mps or cpu ({reason:.80})") from None
@@ -600,9 +601,8 @@ def check_finite(step, norm, parts, grads):
         if bad := [name for name, loss in losses.items() if not loss.isfinite()]:
             images = ", ".join(map(str, ids))
             raise not_finite(step, f"{', '.join(bad)} is not finite on images {images}")
-    bad = [name for name, g in grads.items() if not g.isfinite().all()]
+    bad = [name.removeprefix("module.") for name, g in grads.items() if not g.isfinite().all()]
     whose = ", ".join(bad[:3]) or "all parameters together"
-    whose = re.sub(r"\bmodule\.", "", whose)  # DistributedDataParallel's
     seen = " (another process may name the images)" if dist.is_initialized() else ""
     raise not_finite(step, f"the gradient of {whose} is not finite{seen}")
 
@@ -668,11 +668,9 @@ def start(args, net, saved, dataset):
         if step >= args.steps:
             how = "with --init and another --out" if step >= args.total_steps else "by more --steps"
             say(args, f"nothing is left to train; go on {how}")
-    model = net
     if args.compile:
         compile_blocks(net)
-    if args.world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model)
+    model = torch.nn.parallel.DistributedDataParallel(net) if args.world > 1 else net
     share = args.batch_size * args.accumulate  # of this process in a step
     order = coco.batches(dataset, share, step, args.steps, args.seed, args.rank, args.world)
     batches = iter(make_loader(args, dataset, itertools.chain.from_iterable(order)))
@@ -790,8 +788,8 @@ def save_run(args, net, optimizer, step, best, name="last.pt"):
     data = dict(name=args.model, variant=args.variant, seed=args.seed, classes=args.classes)
     data |= dict(model=net.state_dict(), optimizer=optimizer.state_dict(), step=step, best=best)
     data |= dict(config=dataclasses.asdict(net.config), recipe=args.recipe, plan=args.plan)
-    data |= dict(seconds=time.time() - args.began)
-    data |= dict(evaluated=args.evaluated)  # the step after which the last evaluation was
+    # evaluated: the step after which the last evaluation was
+    data |= dict(seconds=time.time() - args.began, evaluated=args.evaluated)
     write_whole(args.out / name, lambda file: torch.save(data, file))
 
 
@@ -928,9 +926,6 @@ def summary():
             row = f"{name:8} {variant:10} {total:13,} {trainable:13,}"
             print(f"{row} {size[0]:4}x{size[1]:<4} {flops:9,.1f}")
     print("80 classes; one image; a multiplication and its addition count as two operations")
-
-
-SIZES = (128, 192, 256)  # pixels of the short side, for --benchmark all
 
 
 def benchmark(args):

@@ -327,6 +327,7 @@ def test_a_malicious_or_foreign_file_is_refused(finished, shapes, tmp_path, caps
         (["--resume"], "last.pt: no such file"),
         (["--device", "tpu"], "--device tpu: "),
         (["--device", "hpu"], "--device hpu: "),
+        (["--device", "meta"], "--device meta: "),
         (["--predict", "a.jpg"], "last.pt: no such file; train first or give weights with --init"),
     ],
 )
@@ -836,10 +837,10 @@ def test_set_changes_config_and_recipe_by_type():
         {"ratio": 0.5, "depth": 4, "on": True, "fill": "conv"},
         {"sizes": (), "schedule": "cosine"},
     )
-    words = ["ratio=1", "depth=6", "on=false", "fill=mask", "sizes=320,352", "schedule=0.5,0.9"]
+    words = ["ratio=1", "depth=6", "on=false", "fill=mask", "sizes=320,352", "schedule=1e-05,0.9"]
     train.override(words, config, recipe)
     assert config == {"ratio": 1.0, "depth": 6, "on": False, "fill": "mask"}
-    assert recipe == {"sizes": (320, 352), "schedule": (0.5, 0.9)}
+    assert recipe == {"sizes": (320, 352), "schedule": (1e-05, 0.9)}
     assert train.parse_args(["--set", "a=1", "b=2", "--set", "c=3"]).set == ["a=1", "b=2", "c=3"]
 
 
