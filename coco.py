@@ -208,10 +208,8 @@ def read_image(path, size=None):
         raise DataError(f"{path}: cannot read image ({reason}); replace or remove it") from None
     _, h, w = image.shape
     if size and (h, w) != tuple(size):
-        raise DataError(
-            f"{path}: {w}x{h} pixels, but the annotations say {size[1]}x{size[0]}; "
-            "correct width and height in the json or replace the image"
-        )
+        told = f"{path}: {w}x{h} pixels, but the annotations say {size[1]}x{size[0]}"
+        raise DataError(f"{told}; correct width and height in the json or replace the image")
     return image
 
 

@@ -252,14 +252,10 @@ class ConvStem(nn.Module):
         if dim < 8:
             raise ValueError(f"stem=conv needs a width of 8 or more, not {dim}")
         widths = [3, dim // 8, dim // 4, dim // 2, dim]
-        self.proj = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False),
-                ImageNorm(c_out, eps=1e-6),
-                nn.GELU(),
-            )
-            for c_in, c_out in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.proj = nn.ModuleList()
+        for c_in, c_out in zip(widths[:-1], widths[1:], strict=True):
+            conv = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False)
+            self.proj.append(nn.Sequential(conv, ImageNorm(c_out, eps=1e-6), nn.GELU()))
         self.proj[3].append(nn.Conv2d(dim, dim, 1))
 
     def forward(self, x):
@@ -675,9 +671,8 @@ class MIMDet(nn.Module):
         """
         if targets is not None:
             return self.loss(*pad_batch(images, 32), targets)
-        # Differs: the released code pads all images of a batch to one size, and its GroupNorm and
-        # attention see the padding. Here only images of equal padded size share a batch, so company
-        # never changes a prediction.
+        # Differs: the released code pads a batch to one size, and GroupNorm and attention see the
+        # padding. Here only images of equal padded size share one: company changes no prediction.
         sizes = sizes or [image.shape[-2:] for image in images]
         results = [None] * len(images)
         for group in group_by_padded_size(images, 32):
@@ -792,11 +787,10 @@ def param_groups(model, recipe):
         if p.requires_grad:
             stem = model.config.stem == "conv" and name.startswith("encoder.patch_embed.")
             scale = 1.0 if stem else 1 / spread if name.startswith("encoder.") else spread
-            groups.setdefault((scale, p.ndim > 1), []).append(p)
-    return [
-        dict(params=params, lr_scale=scale, weight_decay=recipe["weight_decay"] * decays)
-        for (scale, decays), params in groups.items()
-    ]
+            decays = p.ndim > 1
+            group = dict(params=[], lr_scale=scale, weight_decay=recipe["weight_decay"] * decays)
+            groups.setdefault((scale, decays), group)["params"].append(p)
+    return [*groups.values()]
 
 
 RENAMES = [

@@ -103,7 +103,6 @@ CLASSIFIER = PAPER | dict(
     sizes=(224,), crop=(0.08, 1.0),
 )
 CLIPPED = CLASSIFIER | dict(clip=1.0)
-LARGEST = PAPER | dict(lr=1e-4 / 1.4, batch_size=8)
 NANO = dict(
     lr=1e-3, batch_size=8, backbone_lr=1.0, weight_decay=0.05, clip=1.0, epochs=3, warmup=100,
     schedule="cosine", sizes=(), max_size=320, multiple=1, crop=(),
@@ -120,8 +119,7 @@ RECIPES = {  # by variant-task, variant, task or head; the others train by "pape
     "trans2seg": SEGMENTER,
     "classifier": CLASSIFIER,
     **{f"{v}-classifier": CLIPPED for v in ("medium", "large", "v2_b3", "v2_b4", "v2_b5")},
-    "v2_b4-retinanet": LARGEST,
-    "v2_b5-retinanet": LARGEST,
+    **{f"{v}-retinanet": PAPER | dict(lr=1e-4 / 1.4, batch_size=8) for v in ("v2_b4", "v2_b5")},
 }
 # fmt: on
 
@@ -571,8 +569,7 @@ def hungarian_match(logits, boxes_norm, targets, points=None):
     cost = cost.unflatten(0, logits.shape[:2])  # (B, Q, all M)
     if points is not None:
         cost = cost + 20 * (points[:, None] - wanted[:, :2]).norm(dim=2)
-    cost = cost.cpu()  # one transfer for the batch
-    parts = cost.split([len(t["labels"]) for t in targets], dim=2)
+    parts = cost.cpu().split([len(t["labels"]) for t in targets], dim=2)  # one transfer for all
     pairs = [linear_sum_assignment(part[i]) for i, part in enumerate(parts)]
     return [tuple(torch.from_numpy(side).to(logits.device) for side in pair) for pair in pairs]
 
@@ -698,7 +695,7 @@ class RetinaNet(nn.Module):
         return results
 
 
-def select_boxes(levels, size, per_level=1000, threshold=0.05, top=100):
+def select_boxes(levels, size, per_level=1000, top=100):
     """Best anchors of each level, decoded and clipped; class-wise NMS at 0.5; the `top` best."""
     boxes, scores = [], []
     for logits, deltas, anchors in levels:
@@ -708,7 +705,7 @@ def select_boxes(levels, size, per_level=1000, threshold=0.05, top=100):
         boxes.append(decode_boxes(delta, anchors[best]))
         scores.append(score[best])
     boxes, scores = clip_boxes_to_image(torch.cat(boxes), size), torch.cat(scores)
-    anchor, labels = (scores > threshold).nonzero().unbind(1)
+    anchor, labels = (scores > 0.05).nonzero().unbind(1)
     boxes, scores = boxes[anchor], scores[anchor, labels]
     keep = batched_nms(boxes, scores, labels, 0.5)[:top]
     return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
@@ -1032,13 +1029,9 @@ class Trans2Seg(Segmenter):
         return self.out(self.fuse(x)).view(len(features), -1, *maps[0].shape[2:])
 
 
-HEADS = {
-    "retinanet": RetinaNet,
-    "classifier": Classifier,
-    "detr": DETR,
-    "semantic": SemanticFPN,
-    "trans2seg": Trans2Seg,
-}
+HEADS = dict(
+    retinanet=RetinaNet, classifier=Classifier, detr=DETR, semantic=SemanticFPN, trans2seg=Trans2Seg
+)
 
 # --- 6. Model -------------------------------------------------------------------------------------
 
@@ -1068,9 +1061,8 @@ class PVT(nn.Module):
         if targets is not None:
             x, true_sizes = pad_batch(images, self.multiple)
             return self.head.loss(self.head(self.backbone(x), true_sizes), targets, true_sizes)
-        # Differs: the released code pads all images of a batch to one size, and its attention sees
-        # the padding. Here only images of equal padded size share a batch, so company never
-        # changes a prediction.
+        # Differs: the released code pads a batch to one size, and attention sees the padding. Here
+        # only images of equal padded size share one: company changes no prediction.
         sizes = sizes or [image.shape[-2:] for image in images]
         results = [None] * len(images)
         for group in group_by_padded_size(images, self.multiple):
@@ -1097,11 +1089,9 @@ def param_groups(model, recipe):
     for name, p in model.named_parameters():
         scale = recipe["backbone_lr"] if name.startswith("backbone.") else 1.0
         decays = all_decay or p.ndim > 1 and not name.endswith("cls_token")
-        groups.setdefault((scale, decays), []).append(p)
-    return [
-        dict(params=params, lr_scale=scale, weight_decay=recipe["weight_decay"] * decays)
-        for (scale, decays), params in groups.items()
-    ]
+        group = dict(params=[], lr_scale=scale, weight_decay=recipe["weight_decay"] * decays)
+        groups.setdefault((scale, decays), group)["params"].append(p)
+    return [*groups.values()]
 
 
 RENAMES = [

@@ -779,11 +779,9 @@ def param_groups(model, recipe):
             layer = 0
         scale = recipe["layer_decay"] ** (sum(depths) + 1 - layer)
         decays = p.ndim > 1 and not name.endswith(tuple(exempt))
-        groups.setdefault((scale, decays), []).append(p)
-    return [
-        dict(params=params, lr_scale=scale, weight_decay=recipe["weight_decay"] * decays)
-        for (scale, decays), params in groups.items()
-    ]
+        group = dict(params=[], lr_scale=scale, weight_decay=recipe["weight_decay"] * decays)
+        groups.setdefault((scale, decays), group)["params"].append(p)
+    return [*groups.values()]
 
 
 def resize_bias_table(table, rows):

@@ -167,14 +167,10 @@ class ConvStem(nn.Module):
         if dim < 8:
             raise ValueError(f"stem=conv needs a width of 8 or more, not {dim}")
         widths = [3, dim // 8, dim // 4, dim // 2, dim]
-        self.proj = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False),
-                ImageNorm(c_out, eps=1e-6),
-                nn.GELU(),
-            )
-            for c_in, c_out in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.proj = nn.ModuleList()
+        for c_in, c_out in zip(widths[:-1], widths[1:], strict=True):
+            conv = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False)
+            self.proj.append(nn.Sequential(conv, ImageNorm(c_out, eps=1e-6), nn.GELU()))
         self.proj[3].append(nn.Conv2d(dim, dim, 1))
 
     def forward(self, x):
@@ -436,8 +432,7 @@ def hungarian_match(logits, boxes_norm, targets, points=None):
     cost = cost.unflatten(0, logits.shape[:2])  # (B, Q, all M)
     if points is not None:
         cost = cost + 20 * (points[:, None] - wanted[:, :2]).norm(dim=2)
-    cost = cost.cpu()  # one transfer for the batch
-    parts = cost.split([len(t["labels"]) for t in targets], dim=2)
+    parts = cost.cpu().split([len(t["labels"]) for t in targets], dim=2)  # one transfer for all
     pairs = [linear_sum_assignment(part[i]) for i, part in enumerate(parts)]
     return [tuple(torch.from_numpy(side).to(logits.device) for side in pair) for pair in pairs]
 
@@ -643,11 +638,9 @@ def param_groups(model, recipe):
     for name, p in model.named_parameters():
         last = name.rpartition(".")[2]
         decays = name.startswith(("class_embed", "bbox_embed")) or p.ndim > 1 and last not in exempt
-        groups.setdefault(decays, []).append(p)
-    return [
-        dict(params=params, lr_scale=1.0, weight_decay=recipe["weight_decay"] * decays)
-        for decays, params in groups.items()
-    ]
+        group = dict(params=[], lr_scale=1.0, weight_decay=recipe["weight_decay"] * decays)
+        groups.setdefault(decays, group)["params"].append(p)
+    return [*groups.values()]
 
 
 # COCO's 80 category ids among 1..90, in the order of labels 0..79.
