@@ -674,9 +674,9 @@ def draw(image, found, classes):
     """
     canvas = (image.clamp(0, 1) * 255).to("cpu", torch.uint8)
     if "semantic" in found:
-        masks = torch.stack([found["semantic"].cpu() == k for k in range(len(classes))])
-        colors = [COLORS[k % len(COLORS)] for k in range(len(classes))]
-        canvas = draw_segmentation_masks(canvas, masks, alpha=0.6, colors=colors)
+        semantic = found["semantic"].cpu()
+        for k in {*semantic.unique().tolist()} & {*range(len(classes))}:
+            canvas = draw_segmentation_masks(canvas, semantic == k, 0.6, COLORS[k % len(COLORS)])
     threshold = 0.5
     if "logits" in found:  # the best class, however sure
         score, label = found["logits"].softmax(dim=0).max(dim=0)

@@ -815,7 +815,7 @@ class DETR(nn.Module):
         memory = x.flatten(2).transpose(1, 2)  # (B, N, C)
         for layer in self.encoder:
             memory = layer(memory, position, padding=padding)
-        query = self.query_embed.expand(len(x), -1, -1)  # (B, Q, C)
+        query = self.query_embed.repeat(len(x), 1, 1)  # (B, Q, C)
         patches = memory.unflatten(1, x.shape[2:])  # (B, H, W, C)
         x, outputs = torch.zeros_like(query), []
         for layer in self.decoder:
@@ -1017,7 +1017,7 @@ class Trans2Seg(Segmenter):
         x = (x + sine_positions(real, x.shape[1]).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
         for block in self.encoder:
             x = block(x, mask)  # (B, N, C)
-        memory, x = self.norm(x), self.queries.expand(len(x), -1, -1)
+        memory, x = self.norm(x), self.queries.repeat(len(x), 1, 1)
         for block in self.decoder:
             x, scores = block(x, memory, mask)  # (B, K+1, C), (B, h, K+1, N)
         scores = scores.transpose(1, 2).flatten(0, 1).unflatten(2, grid)  # (B * (K+1), h, H, W)

@@ -764,7 +764,7 @@ def list_skipped(args):
 
 
 def judge(args, net, optimizer, held_out, step, best):
-    """Evaluate; log it, write result.json, and best.pt if the first metric beats the best."""
+    """Evaluate; log it, write result.json, and best.pt if no first metric was better."""
     metrics = evaluate(args, net, held_out, f"epoch-{step / args.per_epoch:06.2f}")
     args.evaluated = step
     if args.rank:
@@ -773,7 +773,7 @@ def judge(args, net, optimizer, held_out, step, best):
     run = dict(seed=args.seed, config=dataclasses.asdict(net.config), command=" ".join(sys.argv))
     run |= dict(images_seen=step * args.total_batch, steps=step, seconds=time.time() - args.began)
     write_json(args.out / "result.json", metrics | run)
-    if (score := next(iter(metrics.values()))) > best:
+    if (score := next(iter(metrics.values()))) >= best:  # of equal ones the last
         best = score
         save_run(args, net, optimizer, step, best, "best.pt")
     return metrics, best
@@ -1069,7 +1069,7 @@ def prepare(args):
     args.batch_size = args.batch_size or max(1, total // args.world // args.accumulate)
     args.classes = saved.get("classes") or coco.CLASSES
     dataset, held_out = None, None
-    if args.data or not args.predict:
+    if not args.predict or args.data and not saved:  # foreign weights: for the classes' names
         dataset, held_out = read_data(args, config, saved.get("classes"))
         args.classes = held_out.classes
     net = make_net(args, config, len(args.classes))

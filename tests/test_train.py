@@ -16,9 +16,11 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import coco
 import mimdet
+import pvt
 import train
 import yolos
 
@@ -178,17 +180,25 @@ def test_predict_takes_a_folder_and_needs_no_data_to_train_on(finished, shapes, 
     (tmp_path / "data" / "annotations").mkdir()
     for file in (shapes / "annotations").glob("instances_val*"):
         shutil.copy(file, tmp_path / "data" / "annotations")
-    args = ("--out", tmp_path / "run", "--init", finished / "best.pt", "--set", *TINY)
-    assert run(*args, "--data", tmp_path / "data", "--predict", tmp_path / "photos") == 0
-    drawn = sorted(file.name for file in (tmp_path / "run").iterdir())
-    assert drawn == ["predict-1-b.png", "predict-2-a.png"]
+    # Weights that do not say what their classes are called take the names of the data.
+    state = torch.load(finished / "best.pt", weights_only=True)["model"]
+    torch.save({"model": state}, tmp_path / "bare.pth")
+    bare = ("--init", tmp_path / "bare.pth", "--data", tmp_path / "data", "--set", *TINY)
+    assert run(*bare, "--out", tmp_path / "bare", "--predict", tmp_path / "photos") == 0
+    # A run knows them.
+    args = ("--out", tmp_path / "run", "--init", finished / "best.pt", "--data", tmp_path / "none")
+    assert run(*args, "--predict", tmp_path / "photos", tiny=False) == 0
+    for folder in ("bare", "run"):
+        drawn = sorted(file.name for file in (tmp_path / folder).iterdir())
+        assert drawn == ["predict-1-b.png", "predict-2-a.png"]
     (tmp_path / "photos" / "a.png").write_bytes(b"")
-    assert run(*args, "--predict", tmp_path / "photos") == 2
+    assert run(*args, "--predict", tmp_path / "photos", tiny=False) == 2
     assert "a.png: cannot read image" in capsys.readouterr().err
-    assert run(*args, "--predict", tmp_path / "photos", "--skip-bad-images") == 0
+    more = ("--predict", tmp_path / "photos", "--skip-bad-images")
+    assert run(*args, *more, tiny=False) == 0
     assert "a.png: cannot read image" in (told := capsys.readouterr().out) and "3-a.png" in told
     (tmp_path / "empty").mkdir()
-    assert run(*args, "--predict", tmp_path / "photos", tmp_path / "empty") == 2
+    assert run(*args, "--predict", tmp_path / "photos", tmp_path / "empty", tiny=False) == 2
     error = capsys.readouterr().err
     assert f"--predict {tmp_path / 'empty'}: a folder without images" in error
 
@@ -240,6 +250,14 @@ def test_benchmark_prints_speed_memory_and_share_of_peak(shapes, capsys, monkeyp
         n, d = 1 + 8 * 8 + c.det_tokens, c.embed_dim
         blocks = c.depth * 2 * (12 * n * d**2 + 2 * n**2 * d)  # fused attention is counted too
         assert cost["yolos"] > blocks / 1e9
+
+
+@pytest.mark.parametrize("head", pvt.HEADS)
+def test_the_work_of_every_head_can_be_counted(head):
+    net = pvt.build(dataclasses.replace(pvt.CONFIGS["nano"], head=head), 3).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net([torch.rand(3, 64, 64)])
+    assert counter.get_total_flops() > 1e6
 
 
 def test_benchmark_counts_images_that_batchnorm_does_not_take_alone(shapes, capsys):
