@@ -88,7 +88,7 @@ def test_apples_gpu_is_taken_where_it_works_and_said_where_not(monkeypatch, caps
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with monkeypatch.context() as works:
-        works.setattr(torch, "empty", lambda *args, device: None)
+        works.setattr(torch, "empty", lambda *shape, device: torch.zeros(shape))
         device = train.choose_device(None, 0)
     assert device.type == "mps" and not train.bf16_pays(device)
     if not torch.backends.mps.is_built():
