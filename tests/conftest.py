@@ -15,7 +15,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.option.device != "cpu":
+    if config.option.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else PyTorch starts it, and forks cannot go on
+    else:
         torch.set_default_device(config.option.device)
         torch.backends.cudnn.allow_tf32 = False  # or convolutions are good to 1e-3
 

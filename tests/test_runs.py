@@ -122,14 +122,25 @@ def log_without_speed(folder):
     return [{k: v for k, v in line.items() if "per_second" not in k} for line in log_of(folder)]
 
 
+def fork(work, *args):
+    """The id of a copy of this process that does the work and ends, also by an exception."""
+    if child := os.fork():
+        return child
+    try:
+        os._exit(work(*args))
+    finally:
+        os._exit(1)
+
+
 def killed(monkeypatch, where, *args):
     """Run in a process that is killed at a certain moment."""
-    if (child := os.fork()) == 0:
+
+    def work():
         for target, replacement in where:
             monkeypatch.setattr(target, replacement)
-        run(*args)
-        os._exit(0)
-    return os.WTERMSIG(os.waitpid(child, 0)[1])
+        return run(*args)
+
+    return os.WTERMSIG(os.waitpid(fork(work), 0)[1])
 
 
 @pytest.mark.parametrize("model", SETTINGS)
@@ -176,11 +187,7 @@ def test_a_run_killed_five_times_at_random_goes_on_bit_for_bit(
         return ["--resume"] if (out / "last.pt").exists() else []
 
     while kills < 5:
-        if (child := os.fork()) == 0:
-            try:
-                os._exit(run(*args, out, *resume()))
-            finally:
-                os._exit(1)  # an exception is no kill
+        child = fork(run, *args, out, *resume())
         time.sleep(random.uniform(0, seconds))
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
