@@ -317,9 +317,9 @@ class PyramidBlock(nn.Module):
         self.mlp = Mlp(dim, hidden) if plain else DepthwiseMlp(dim, hidden, design == "v2_li")
         self.drop_path = StochasticDepth(drop_path, "row")
 
-    def compile(self):
+    def compile(self, dynamic=None):
         """Before torch 2.14 for each size anew: there maps of unknown sizes have wrong strides."""
-        super().compile(dynamic=None if torch.__version__ >= "2.14" else False)
+        super().compile(dynamic=dynamic if torch.__version__ >= "2.14" else False)
 
     def forward(self, x, grid):
         x = x + self.drop_path(self.attn(self.norm1(x), grid))

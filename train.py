@@ -640,17 +640,24 @@ def train_step(args, model, optimizer, batches, step):
 
 
 def compile_blocks(net):
-    """Compile transformer blocks and convolutional stems, in place, for all sizes of images.
+    """Compile transformer blocks and convolutional stems, in place.
 
-    Not the whole model: what follows the encoder changes with every image.
+    Not the whole model: what follows a detector's encoder changes with every image. Where all
+    images are squares of one size, stages of different sizes get graphs of their own: one for all
+    takes minutes to make, for Swin more. Raises DataError for Swin before torch 2.14.
     """
+    task = getattr(net.config, "task", "detect")
+    dynamic = False if task in ("classify", "pretrain") else None
     # Blocks differ in width, in drop_path, and whether they learn.
     torch._dynamo.config.cache_size_limit = 256
     # Else the graph of a block is cut for DistributedDataParallel, and fails on drop_path.
     torch._dynamo.config.optimize_ddp = False
     for module in net.modules():
-        if re.search("Block|ConvStem", type(module).__name__):
-            module.compile()
+        kind = type(module).__name__
+        if kind.startswith("Swin") and torch.__version__ < "2.14":
+            raise DataError("--compile: Swin needs torch 2.14 for it; leave it out")
+        if re.search("Block|ConvStem", kind):
+            module.compile(dynamic=dynamic)
 
 
 def start(args, net, saved, dataset):

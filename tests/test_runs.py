@@ -579,7 +579,9 @@ def test_the_rate_grows_with_the_batch_unless_given(given, rate, shapes, tmp_pat
 
 def test_compile_is_asked_for(shapes, tmp_path, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda part: compiled.append(type(part)))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda part, **kwargs: compiled.append(type(part))
+    )
     args = ("--data", shapes, "--steps", 1, "--limit", 8)
     assert run("simmim", *args, "--out", tmp_path / "a") == 0 and not compiled
     assert run("simmim", *args, "--out", tmp_path / "b", "--compile") == 0
@@ -589,29 +591,15 @@ def test_compile_is_asked_for(shapes, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "settings"),
     [
-        ("simmim", ["encoder=swin", "img_size=64", "window=4"]),
         ("mimdet", ["drop_path=0.2", "checkpoint=true", "decoder_depth=1"]),
         ("yolos", []),
-        ("pvt", ["head=classifier"]),
+        ("pvt", []),
         ("pvt", ["head=detr", "design=v2_li"]),
     ],
 )
 def test_blocks_are_compiled_for_all_sizes_of_images(model, settings, monkeypatch):
-    graphs, original = [], torch.nn.Module.compile
-
-    def count(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    def compile_whole(part, **kwargs):  # what breaks a block into two graphs is an error
-        original(part, backend=count, fullgraph=True, **kwargs)
-
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_whole)
-    module = train.MODELS[model]
-    config = train.dataclasses.asdict(module.CONFIGS["nano"])
-    train.override(settings, config)
-    torch.manual_seed(0)
-    net, few = module.build(module.Config(**config), 6), [(64, 96), (96, 64), (128, 96)]
+    graphs = graphs_of_compiled(monkeypatch)
+    net, few = nano(model, settings), [(64, 96), (96, 64), (128, 96)]
     plain = [loss_of_step(net, size) for size in few]
     train.compile_blocks(net)
     assert [loss_of_step(net, size) for size in few] == pytest.approx(plain, abs=1e-4)
@@ -622,10 +610,64 @@ def test_blocks_are_compiled_for_all_sizes_of_images(model, settings, monkeypatc
     assert (len(graphs) == before) == for_all and before > 0
 
 
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("simmim", ["encoder=swin", "img_size=64", "window=4", "depths=1,2", "num_heads=3,6"]),
+        ("pvt", ["head=classifier"]),
+    ],
+)
+def test_stages_are_compiled_for_their_size_where_images_have_one(model, settings, monkeypatch):
+    if model == "simmim" and torch.__version__ < "2.14":
+        pytest.skip("refused before torch 2.14")
+    graphs, size = graphs_of_compiled(monkeypatch), (64, 64)
+    net = nano(model, settings)
+    plain = loss_of_step(net, size)
+    train.compile_blocks(net)
+    assert loss_of_step(net, size) == pytest.approx(plain, abs=1e-4)
+    values = [node.meta.get("example_value") for graph in graphs for node in graph.graph.nodes]
+    sides = [side for x in values for side in (x.shape if torch.is_tensor(x) else [x])]
+    assert sides and not any(isinstance(side, torch.SymInt) for side in sides)
+
+
+def test_swin_is_compiled_from_torch_2_14_on(shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "__version__", "2.11.0")
+    args = ("--data", shapes, "--out", tmp_path, "--set", "encoder=swin", "window=4")
+    assert run("simmim", *args, "--compile") == 2
+    assert capsys.readouterr().err.endswith(
+        "--compile: Swin needs torch 2.14 for it; leave it out\n"
+    )
+
+
+def nano(model, settings):
+    module = train.MODELS[model]
+    config = train.dataclasses.asdict(module.CONFIGS["nano"])
+    train.override(settings, config)
+    torch.manual_seed(0)
+    return module.build(module.Config(**config), 6)
+
+
+def graphs_of_compiled(monkeypatch):
+    """A list that every module compiled from now on puts its graphs into."""
+    graphs, original = [], torch.nn.Module.compile
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def compile_whole(part, **kwargs):  # what breaks a block into two graphs is an error
+        original(part, backend=count, fullgraph=True, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_whole)
+    return graphs
+
+
 def test_compiled_blocks_of_several_processes_train(monkeypatch):
     original = torch.nn.Module.compile
     monkeypatch.setattr(  # traces both passes, as the real compiler does
-        torch.nn.Module, "compile", lambda part: original(part, backend="aot_eager")
+        torch.nn.Module,
+        "compile",
+        lambda part, **kwargs: original(part, backend="aot_eager", **kwargs),
     )
     config = replace(mimdet.CONFIGS["nano"], drop_path=0.2)
     train.dist.init_process_group("gloo", store=train.dist.HashStore(), rank=0, world_size=1)
