@@ -770,13 +770,14 @@ def draw_panel(title, curves, width=480, height=320):
         pen.text(place(0, share * top), f"{share * top:.2g} ", "black", font, "rm")
         pen.text(place(share * right, 0), f"\n{share * right:.3g}", "black", font, "mm")
     pen.text((width / 2, 4), f"{title} against epochs", "black", font, "mt")
+    names = 24 if title == "loss" else height - 36 - 16 * len(curves)  # where no curve ends
     for i, (name, curve) in enumerate(curves.items()):
         color = f"hsl({137 * i % 360}, 80%, 40%)"
         places = [place(x, y) for x, y in curve]
         pen.line(places, color, 2)
         for x, y in places:
             pen.ellipse([x - 2, y - 2, x + 2, y + 2], color)
-        pen.text((width - 16, 24 + 16 * i), name, color, font, "rt")
+        pen.text((width - 20, names + 16 * i), name, color, font, "rt")
     return v2.functional.pil_to_tensor(panel)
 
 
