@@ -644,7 +644,7 @@ def compile_blocks(net):
 
     Not the whole model: what follows a detector's encoder changes with every image. Where all
     images are squares of one size, stages of different sizes get graphs of their own: one for all
-    takes minutes to make, for Swin more. Raises DataError for Swin before torch 2.14.
+    takes longer to make, for Swin many minutes. Raises DataError for Swin before torch 2.14.
     """
     task = getattr(net.config, "task", "detect")
     dynamic = False if task in ("classify", "pretrain") else None
